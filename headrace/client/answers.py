@@ -18,7 +18,7 @@ def read(body: bytes | bytearray, kind: type[Result]) -> Result:
     """A result. `UnavailableError` for what no server of this version answers."""
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UnavailableError(f"the server's answer cannot be read: {error}", field="url") from None
 
 

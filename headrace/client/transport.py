@@ -278,7 +278,7 @@ def _raise_for(call: HttpCall, status: int, body: bytes | bytearray) -> None:
         return
     try:
         told = msgspec.json.decode(body, type=_ErrorBody)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         told = _ErrorBody()
     message = told.message or f"{call.name}: the server answered {status}"
     if told.err_type:

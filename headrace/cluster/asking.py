@@ -12,8 +12,9 @@ import msgspec
 from headrace.cluster.http_parts import Head
 from headrace.cluster.messages import RequestParts, exchange_whole
 from headrace.cluster.replicas import RemoteReplica
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import body_of, error_body
-from headrace.types.errors import DeadlineError, HeadraceError
+from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError, UpdateConflictError
 
 _OK = 200
 
@@ -34,8 +35,23 @@ class ReplicaAnswer(msgspec.Struct, frozen=True):
         """JSON as such, and anything else as text."""
         try:
             return msgspec.json.decode(self.raw)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except DECODE_ERRORS:
             return self.raw.decode("utf-8", "replace")
+
+    @property
+    def is_conflict(self) -> bool:
+        """An update of somebody else's is in progress there."""
+        value = self.value
+        return not self.is_ok and isinstance(value, dict) and value.get("err_type") == UpdateConflictError.__name__
+
+    def checked(self, kind: Any) -> ReplicaAnswer:
+        """Itself; a failure where it is none and not MessagePack of that `kind`."""
+        try:
+            if self.is_ok:
+                msgspec.msgpack.decode(self.raw, type=kind)
+        except DECODE_ERRORS as error:
+            return _failed(self.replica, UnreachableError(f"its answer cannot be read: {error}"))
+        return self
 
     def shown(self) -> dict[str, Any]:
         """It as an entry of `results`."""

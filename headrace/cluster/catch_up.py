@@ -7,6 +7,7 @@ Owns that folder and when this happens. Must not know processes: whoever is heal
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from headrace.types.http import MESSAGE_TYPE, PREFIX
 from headrace.types.weights import SaveReport
 
 LOOK_SECONDS = 0.25
+_PREFIX = "headrace-weights-"
 REST_SECONDS = 2.0
 """After an attempt that failed."""
 _SHARED_MEMORY = Path("/dev/shm")
@@ -33,15 +35,49 @@ logger = logging.getLogger(__name__)
 
 
 class WeightsFolder:
-    """A folder of this host for weights on their way between replicas, until `close`."""
+    """A folder of this host for weights on their way between replicas, until `close`. It is locked, so that the next
+    one who makes one removes those of whoever was killed."""
 
     def __init__(self) -> None:
-        home = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
-        self.path = Path(tempfile.mkdtemp(prefix=f"headrace-weights-{os.getpid()}-", dir=home))
+        home = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        for left in home.glob(f"{_PREFIX}*"):
+            _remove_if_left(left)
+        self._lock: int | None = None
+        while self._lock is None:  # who makes one at the same moment may have taken this for one that was left
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=home))
+            self._lock = _lock(self.path)
 
     def close(self) -> None:
         """Remove it. Idempotent."""
         shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder until it is closed, or its process ends; None if somebody else does, or it is
+    gone, or not ours."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists() and os.fstat(descriptor).st_uid == os.getuid():
+            return descriptor
+    except OSError:
+        logger.debug("%s is in use", folder)
+    os.close(descriptor)
+    return None
+
+
+def _remove_if_left(folder: Path) -> None:
+    descriptor = _lock(folder)
+    if descriptor is not None:
+        logger.info("%s was left by a process that was killed, and is removed", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 class CatchUp:
@@ -52,6 +88,8 @@ class CatchUp:
         self._updates = updates
         self._options = options
         self._folder = folder
+        self._num_failed = 0
+        """Attempts: each is made with another peer."""
 
     async def run(self) -> None:
         """For ever."""
@@ -59,6 +97,7 @@ class CatchUp:
             await asyncio.sleep(LOOK_SECONDS)
             behind = [each for each in self._replicas if each.is_healthy and not each.is_current]
             if behind and not await self._bring(behind):
+                self._num_failed += 1
                 await asyncio.sleep(REST_SECONDS)
 
     async def _bring(self, behind: list[RemoteReplica]) -> bool:
@@ -67,10 +106,11 @@ class CatchUp:
         if not peers:
             return True
         number, path = self._replicas.fence.number, self._folder / "current"
-        saving = await self._call(peers[0], "save_model", {"path": str(path)})
+        peer = peers[self._num_failed % len(peers)]
+        saving = (await self._call(peer, "save_model", {"path": str(path)})).checked(SaveReport)
         try:
             if not saving.is_ok:
-                logger.warning("%s did not save its weights for others: %s", peers[0].id, saving.value)
+                logger.warning("%s did not save its weights for others: %s", peer.id, saving.value)
                 return False
             version = msgspec.msgpack.decode(saving.raw, type=SaveReport).version
             if self._replicas.fence.number != number:

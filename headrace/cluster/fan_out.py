@@ -41,6 +41,8 @@ class FanOut:
         answers = await self._ask_all(head, body, self._options.admin_key)
         if head.path in _EMPTIES_CACHES:
             self._replicas.forget_caches()
+        if head.path in _SUMS:
+            answers = [each.checked(int) for each in answers]
         if self._refuse(answers, exchange):
             return
         if head.path.startswith(f"{PREFIX}/"):

@@ -71,7 +71,7 @@ class Exchange:
     def __init__(self, connection: ClientConnection, head: Head) -> None:
         self._connection = connection
         self._head = head
-        self._is_chunked = False
+        self._is_chunked, self._has_body = False, True
         self.has_begun = False
         self.is_complete = False
         self.status = 0
@@ -93,14 +93,16 @@ class Exchange:
     def begin(self, status: int, headers: Headers) -> None:
         """The head of an answer whose length is not known."""
         self.status, self.has_begun = status, True
-        self._is_chunked = not self._head.is_old
+        self._has_body = self._head.method != "HEAD"
+        self._is_chunked = self._has_body and not self._head.is_old
         if self._is_chunked:
             headers = [*headers, (b"transfer-encoding", b"chunked")]
         self._connection.write(write_head(status_line(status), [*headers, *self._last_words()]))
 
     async def send(self, data: bytes) -> None:
         """A part of it; waits while the client does not take what it was sent."""
-        self._connection.write(in_chunk(data) if self._is_chunked else data)
+        if data and self._has_body:  # an empty chunk would be the last one
+            self._connection.write(in_chunk(data) if self._is_chunked else data)
         await self._connection.drain()
 
     def end(self) -> None:
@@ -134,6 +136,8 @@ class ClientConnection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._is_full = self._is_lost = self._is_lingering = False
+        self._is_due = False
+        """The next request is looked for soon."""
         self._num_unsent, self._unsent_since = 0, 0.0
         self._limit = FIRST_BYTE_SECONDS
         self._waiting_since = self._loop.time()
@@ -193,14 +197,16 @@ class ClientConnection(asyncio.Protocol):
         self._is_full = False
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
+        self._go_on()
 
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
             return
-        if not self._buffer and self._head is None and self._task is None:
+        is_waiting = self._task is None and not self._is_due and not self._is_full
+        if not self._buffer and self._head is None and is_waiting:
             self._wait(HEAD_SECONDS)
         self._buffer += data
-        if self._task is None:
+        if is_waiting:
             self._advance()
         elif len(self._buffer) > _MAX_BACKLOG_BYTES:
             self._transport.pause_reading()
@@ -273,11 +279,7 @@ class ClientConnection(asyncio.Protocol):
         elif not exchange.keeps_connection:
             self._transport.close()
         else:
-            self._wait(IDLE_SECONDS)
-            self._transport.resume_reading()
-            if self._buffer:
-                self._wait(HEAD_SECONDS)
-                self._advance()
+            self._go_on()
 
     def _tell(self, exchange: Exchange, error: BaseException) -> None:
         """Answer with an error, where nothing is said yet."""
@@ -290,16 +292,33 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, body: dict[str, Any], head: Head | None = None) -> None:
         """Answer a request that is read no further; the connection ends with it."""
         last = head or Head([], 0, False)
-        self._buffer.clear()
         is_whole = head is not None and head.body_size == 0 and head.keeps_alive and body["code"] != 401
         if not is_whole:
             last = msgspec.structs.replace(last, keeps_alive=False, is_old=False)
-        Exchange(self, last).error(body)
+        exchange = Exchange(self, last)
+        exchange.error(body)
         self._head = None
-        self._wait(IDLE_SECONDS if is_whole else LINGER_SECONDS)
-        if not is_whole:
-            self._is_lingering = True
-            self._transport.write_eof()
+        if exchange.keeps_connection:
+            self._is_due = True
+            self._loop.call_soon(self._go_on)
+            return
+        self._buffer.clear()
+        self._wait(LINGER_SECONDS)
+        self._is_lingering = True
+        self._transport.write_eof()
+
+    def _go_on(self) -> None:
+        """A request has its answer: the next one, which may be there already. None is begun while the client does not
+        take its answers, and in the end nothing more is read."""
+        self._is_due = False
+        if self._is_lost or self._is_lingering or self._is_full or self._task is not None:
+            return
+        if self._head is None:
+            self._wait(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
+        if self._buffer:
+            self._advance()
+        if len(self._buffer) <= _MAX_BACKLOG_BYTES or not (self._is_due or self._task is not None):
+            self._transport.resume_reading()
 
 
 class Front:

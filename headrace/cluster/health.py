@@ -13,10 +13,14 @@ import msgspec
 from headrace.cluster.http_parts import Head, write_head
 from headrace.cluster.messages import INSTANCE_HEADER, exchange_whole
 from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import HeadraceError
 
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 0.9
+MAX_ANSWER_BYTES = 1 << 20
+WITHOUT_WEIGHTS = frozenset(("needs_weights", "poisoned"))
+"""States of a replica that has nothing to answer by, as when its core was started again behind an update."""
 _OK, _NOT_FOUND = 200, 404
 
 
@@ -25,6 +29,7 @@ class _Ready(msgspec.Struct):
 
     weight_version: str | None = None
     message: str = "not ready"
+    weights_state: str = ""
 
 
 class Watch:
@@ -82,16 +87,18 @@ class Watch:
         is_ready = ready.status in (_OK, _NOT_FOUND)  # other servers have no such call
         is_news = self._replicas.fence.number == fence_number  # or it may tell of the weights before
         version = told.weight_version if ready.status == _OK and is_news else None
-        self._replicas.set_healthy(replica, "" if is_ready else told.message, version, ready.header(INSTANCE_HEADER))
+        has_none = is_news and told.weights_state in WITHOUT_WEIGHTS
+        ailment, instance = "" if is_ready else told.message, ready.header(INSTANCE_HEADER)
+        self._replicas.set_healthy(replica, ailment, version, instance, has_weights=not has_none)
 
 
 async def _get(replica: RemoteReplica, path: bytes) -> tuple[Head, bytes]:
     head = write_head(b"GET %b HTTP/1.1" % path, [(b"host", replica.host_header)])
-    return await exchange_whole(replica.upstream, head, b"")
+    return await exchange_whole(replica.upstream, head, b"", MAX_ANSWER_BYTES)
 
 
 def _read(body: bytes) -> _Ready:
     try:
         return msgspec.json.decode(body, type=_Ready)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return _Ready()

@@ -136,8 +136,9 @@ class ChunkReader:
     """A body in chunks, read from the front of a buffer as it comes. Only whole chunks are given, so that what a server
     sent in one piece is passed on in one."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_chunk_bytes: int | None = None) -> None:
         self._max_bytes = max_bytes
+        self._max_chunk_bytes = max_bytes if max_chunk_bytes is None else max_chunk_bytes
         self._size: int | None = None
         self._in_trailer = False
         self._num_trailers = 0
@@ -191,6 +192,8 @@ class ChunkReader:
         self.num_bytes += size
         if self.num_bytes > self._max_bytes:
             raise FramingError(f"body has {self.num_bytes} bytes or more, over {self._max_bytes}", 413)
+        if size > self._max_chunk_bytes:
+            raise FramingError(f"a chunk has {size} bytes, over {self._max_chunk_bytes}", 413)
         self._in_trailer, self._size = size == 0, size or None
 
 

@@ -17,6 +17,7 @@ from headrace.cluster.http_parts import write_head
 from headrace.cluster.messages import exchange_whole
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.dashboard_state import STATE_PATH, DashboardState, ReplicaView
 from headrace.telemetry import POINT_FIELDS, History, HistoryPart, HistoryPoint, sum_of
 from headrace.types.errors import HeadraceError
@@ -25,6 +26,7 @@ LOOK_SECONDS = 2.0
 LINGER_SECONDS = 10.0
 """The replicas are asked for so long after somebody looked."""
 ANSWER_SECONDS = 0.9
+MAX_ANSWER_BYTES = 16 << 20
 MAX_ASKED_PER_SECOND = 100
 _MAX_AT_ONCE = 16
 _OK = 200
@@ -105,21 +107,20 @@ class Lookout:
         head = write_head(b"GET %b?since=%d HTTP/1.1" % (STATE_PATH.encode(), seen.last), headers)
         try:
             async with places, asyncio.timeout(ANSWER_SECONDS):
-                answer, body = await exchange_whole(replica.upstream, head, b"")
-            told = msgspec.json.decode(body, type=_Told).history if answer.status == _OK else None
-        except (TimeoutError, HeadraceError, msgspec.DecodeError, UnicodeDecodeError):
+                answer, body = await exchange_whole(replica.upstream, head, b"", MAX_ANSWER_BYTES)
+            if answer.status == _OK:
+                self._take(replica, seen, msgspec.json.decode(body, type=_Told).history)
+        except (TimeoutError, HeadraceError, *DECODE_ERRORS):
             return
-        if told is not None:
-            self._take(replica, seen, told)
 
     def _take(self, replica: RemoteReplica, seen: _Seen, told: HistoryPart) -> None:
         if seen.source not in ("", told.source):  # the server has been started again
             seen.source, seen.last = "", 0
             return
-        seen.source, seen.last = told.source, told.last
         newest: dict[str, Any] = {name: values[-1] for name, values in told.points.items() if values}
         if newest.keys() >= set(POINT_FIELDS):
             seen.point = msgspec.convert({name: newest[name] for name in POINT_FIELDS}, HistoryPoint)
+        seen.source, seen.last = told.source, told.last
         for update in told.updates:
             update.replica = replica.id
             self._history.note_update(update)

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers, write_head
 from headrace.cluster.replicas import RemoteReplica
-from headrace.cluster.upstream import Upstream
+from headrace.cluster.upstream import BrokenAnswerError, Upstream
 
 _NOT_SENT_ON = HOP_HEADERS | {b"host", b"content-length", b"origin", b"sec-fetch-site", b"authorization"}
 """What a page of a browser sends is judged here: a replica knows another name, by which all pages are strangers."""
 _NOT_PASSED_BACK = HOP_HEADERS | {b"content-length", b"x-headrace-instance"}
+MAX_WHOLE_BYTES = 256 << 20
+"""Of an answer that is read to its end before anything is done with it."""
 REPLICA_HEADER = b"x-headrace-replica"
 """Of an answer: which replica gave it."""
 INSTANCE_HEADER = b"x-headrace-instance"
@@ -42,12 +44,18 @@ def headers_back(head: Head, replica: RemoteReplica) -> Headers:
     return [*passed, (REPLICA_HEADER, replica.id.encode())]
 
 
-async def exchange_whole(upstream: Upstream, head: bytes, body: bytes) -> tuple[Head, bytes]:
-    """A request and its whole answer, on a connection of its own: what may have been done is never sent twice."""
+async def exchange_whole(
+    upstream: Upstream, head: bytes, body: bytes, max_bytes: int = MAX_WHOLE_BYTES
+) -> tuple[Head, bytes]:
+    """A request and its whole answer, on a connection of its own: what may have been done is never sent twice. Raises
+    `BrokenAnswerError`, also for an answer of over `max_bytes`."""
     async with upstream.connection(fresh=True, is_data=False) as connection:
         connection.send(head, body)
         answer = await connection.read_head()
-        parts = []
-        while part := await connection.read_part():
+        parts, size = [], answer.body_size or 0
+        while size <= max_bytes and (part := await connection.read_part()):
             parts.append(part)
+            size = max(size, sum(map(len, parts)))
+        if size > max_bytes:
+            raise BrokenAnswerError(f"its answer has over {max_bytes} bytes", had_begun=True)
         return answer, b"".join(parts)

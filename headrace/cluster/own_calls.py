@@ -12,6 +12,7 @@ from headrace.cluster.http_parts import Head
 from headrace.cluster.metrics import CONTENT_TYPE, RouterMetrics
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.routes import WORKERS_PATH
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import error_body
 from headrace.types.errors import RequestError
 
@@ -79,7 +80,7 @@ class OwnCalls:
     def _add(self, body: bytes, exchange: Exchange) -> None:
         try:
             ask = msgspec.json.decode(body, type=WorkerBody)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise RequestError(f"body: {error}", field="body") from None
         if ask.worker_type not in _KINDS:
             raise RequestError(f"worker_type {ask.worker_type!r} is not supported: regular", field="worker_type")

@@ -13,6 +13,7 @@ import msgspec
 from headrace.cluster.http_parts import Headers
 from headrace.cluster.policies import Ask
 from headrace.cluster.prefix_index import blocks_of
+from headrace.ipc.codec import DECODE_ERRORS
 
 ROUTING_KEY_HEADERS = (b"x-smg-routing-key", b"x-session-id")
 MAX_READ_BYTES = 1 << 20
@@ -58,7 +59,7 @@ def read_ask(headers: Headers, body: bytes) -> Ask:
     try:
         found = _decode(body)
         sampling = _decode_sampling(found.sampling_params) if found.sampling_params else _Sampling()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except DECODE_ERRORS:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     prompt = bytes(found.tools) + bytes(
         found.input_ids or found.text or found.prompt or found.messages or found.token_ids or found.prompts

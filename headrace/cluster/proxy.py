@@ -20,8 +20,9 @@ from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
 from headrace.cluster.prompts import read_ask
 from headrace.cluster.replicas import RemoteReplica, Replicas
-from headrace.cluster.resumption import END_OF_STREAM, RETRYABLE_MARK, Resumption, resumption_of
+from headrace.cluster.resumption import END_OF_STREAM, Resumption, UnreadableAnswerError, resumption_of
 from headrace.cluster.upstream import BrokenAnswerError, LeftRotationError, UpstreamConnection
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import event_body
 from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
 from headrace.types.http import MESSAGE_TYPE, StreamPart, framed
@@ -155,16 +156,21 @@ class Proxy:
         resumption: Resumption,
     ) -> None:
         """Pass events on. `BrokenAnswerError` if the replica, or the engine in it, dies: it can go on elsewhere."""
-        while part := await connection.read_part():
-            if RETRYABLE_MARK in part:
-                raise BrokenAnswerError("its engine died", had_begun=True)
-            told = resumption.take(part)
-            if resumption.is_whole:
-                continue
-            if not exchange.has_begun:
+        try:
+            while part := await connection.read_part():
+                told = resumption.take(part)
+                if told is None:
+                    raise BrokenAnswerError("its engine died", had_begun=True)
+                if resumption.is_whole or not told:
+                    continue
+                if not exchange.has_begun:
+                    exchange.begin(answer.status, headers_back(answer, replica))
+                await exchange.send(told)
+            if not resumption.is_whole and not exchange.has_begun:
                 exchange.begin(answer.status, headers_back(answer, replica))
-            await exchange.send(told)
-        await _finish(exchange, resumption, b"")
+            await _finish(exchange, resumption, resumption.rest())
+        except UnreadableAnswerError as error:
+            raise BrokenAnswerError(str(error), had_begun=True) from None
 
     async def _stream(
         self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
@@ -202,7 +208,7 @@ def _may_go_elsewhere(body: bytes) -> bool:
     """Whether a 503 is of this replica, as when its engine died or it shuts down. Behind a pause all wait alike."""
     try:
         told = msgspec.json.decode(body, type=_Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return False
     return told.retryable and told.err_type != PauseTimeoutError.__name__
 
@@ -210,7 +216,8 @@ def _may_go_elsewhere(body: bytes) -> bool:
 async def _finish(exchange: Exchange, resumption: Resumption, end: bytes = END_OF_STREAM) -> None:
     """All of it has come, but perhaps the `end` of the stream."""
     if resumption.is_whole:
-        exchange.reply(_OK, [_JSON], resumption.whole())
+        status, body = resumption.whole()
+        exchange.reply(status, [_JSON], body)
         return
     if end:
         await exchange.send(end)

@@ -17,6 +17,7 @@ from headrace.cluster.upstream import Upstream
 from headrace.types.errors import ConfigError, NotFoundError, UnreachableError, UpdateConflictError
 
 MAX_REPLICAS = 4096
+_MAX_HOST_BYTES = 253
 logger = logging.getLogger(__name__)
 
 
@@ -111,10 +112,16 @@ class Replicas:
         raise NotFoundError(f"there is no worker {identity[:100]!r}", field="worker_id")
 
     def set_healthy(
-        self, replica: RemoteReplica, ailment: str, weight_version: str | None, instance: bytes = b""
+        self,
+        replica: RemoteReplica,
+        ailment: str,
+        weight_version: str | None,
+        instance: bytes = b"",
+        *,
+        has_weights: bool = True,
     ) -> None:
         """It answers, from the process `instance`; `ailment` says why it would not start a request now, "" if it
-        would. `weight_version` is None where it does not say."""
+        would. `weight_version` is None where it does not say; one that has no weights needs those of an update."""
         if not replica.is_healthy:
             logger.info("%s is healthy: %s", replica.id, replica.url)
         if instance != replica.instance:
@@ -122,7 +129,9 @@ class Replicas:
                 self._policy.forget(replica.number)
                 self._set_held(replica, NO_WEIGHTS)  # another process has other weights
             replica.instance = instance
-        if weight_version is not None:
+        if not has_weights and self.fence.number:
+            self._set_held(replica, NO_WEIGHTS)
+        elif weight_version is not None:
             if weight_version != replica.weight_version:
                 replica.weight_version = weight_version
                 self._policy.forget(replica.number)  # what it cached belongs to other weights
@@ -241,15 +250,24 @@ class Replicas:
         return f"no replica is healthy ({'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''})"
 
 
+def _is_host(host: str) -> bool:
+    """Whether it may be looked up."""
+    try:
+        return 0 < len(host.encode("idna")) <= _MAX_HOST_BYTES
+    except UnicodeError:  # a part of it is empty, or too long
+        return False
+
+
 def parse_url(url: str) -> tuple[str, int, str]:
     """(host, port, the URL without what says nothing). `ConfigError` for what is no address of a replica."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(f"url {url!r} is no address: {error}", field="url") from None
+    is_name = _is_host(host)
     is_bare = not (parts.username or parts.query or parts.fragment or parts.path.strip("/"))
-    if parts.scheme != "http" or not host or not is_bare or not (url.isascii() and url.isprintable()) or " " in url:
+    if parts.scheme != "http" or not is_name or not is_bare or not (url.isascii() and url.isprintable()) or " " in url:
         raise ConfigError(f"url {url!r} is no address like http://127.0.0.1:30000", field="url")
     port = 80 if port is None else port
     return host, port, f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -7,9 +7,12 @@ and what is left of the limits: with `numerics="invariant"` the ids are those of
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal, get_args
 
 import msgspec
+
+from headrace.ipc.codec import DECODE_ERRORS
 
 ResumeMode = Literal["off", "streams", "all"]
 RESUME_MODES: tuple[str, ...] = get_args(ResumeMode)
@@ -18,11 +21,51 @@ RETRYABLE_MARK = b'"retryable":true'
 """In an event that says that its replica's engine has died. No string of JSON holds these bytes."""
 _DEFAULT_MAX_NEW_TOKENS = 128
 _EVENT = b"data: {"
+_ERROR = b'"error":'
+_NUM_LAST = 2  # an error is the last event, but for the end
+_OF_SAMPLE = b'"meta_info":'
+_GAP = b"\n\n"
 END_OF_STREAM = b"data: [DONE]\n\n"
+MAX_EVENT_BYTES = 256 << 20
+_OK, _LEAST_ERROR, _LAST_ERROR = 200, 400, 599
 _LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
 _GROWING = (*_LISTS, "output_token_logprobs_length", "version_spans", "version_epochs")
-_OF_PROMPT = ("id", "prompt_tokens", "cached_tokens", "prompt_token_ids", "prompt_version_spans")
+_OF_PROMPT = (
+    *("id", "prompt_tokens", "cached_tokens", "prompt_token_ids", "prompt_version_spans"),
+    "prompt_logprob_mode",
+)
 _ASKED_ONCE = ("return_prompt_token_ids", "logprob_start_len")
+
+
+class UnreadableAnswerError(Exception):
+    """What a replica answers is no stream of `/generate`."""
+
+
+class _Meta(msgspec.Struct):
+    """What is counted on in an event, and how it has to look."""
+
+    completion_tokens: int
+    id: str
+    finish_reason: dict[str, Any] | None = None
+    seed: int | None = None
+    output_token_logprobs: list[Any] = []
+    output_top_logprobs: list[Any] = []
+    output_token_ids_logprobs: list[Any] = []
+    version_spans: list[tuple[str | None, int]] = []
+    version_epochs: list[int] = []
+    weight_versions: list[_Range] | None = None
+
+
+class _Range(msgspec.Struct):
+    version: str | None
+    start: int
+    end: int
+
+
+class _Event(msgspec.Struct):
+    output_ids: list[int]
+    meta_info: _Meta
+    text: str = ""
 
 
 class Resumption:
@@ -36,6 +79,8 @@ class Resumption:
         self._before: dict[str, Any] = {}
         """What earlier replicas have made, as one answer; {}: nothing."""
         self._parts: list[bytes] = []
+        self._rest = b""
+        """The beginning of an event of which the end has not come."""
 
     @property
     def has_begun(self) -> bool:
@@ -46,22 +91,28 @@ class Resumption:
         """The request, of which the answer is a stream."""
         return msgspec.json.encode(self._streamed(self._asked))
 
-    def take(self, part: bytes) -> bytes:
-        """A part of the answer, of whole events. Returns what the client is to have of it."""
-        if self._is_incremental:
-            self._parts.append(part)
-        elif part.startswith(_EVENT):
-            self._parts = [part]
-        if not self._before or self.is_whole:
-            return part
-        return b"".join(map(self._as_one, _events(part))) + (END_OF_STREAM if part.endswith(END_OF_STREAM) else b"")
+    def take(self, data: bytes) -> bytes | None:
+        """Bytes of the answer, cut anywhere. Returns what the client is to have of it by now; None: the replica's
+        engine has died. Raises `UnreadableAnswerError`."""
+        data = self._rest + data
+        end = data.rfind(_GAP) + len(_GAP) if _GAP in data else 0
+        part, self._rest = data[:end], data[end:]
+        if RETRYABLE_MARK in part:
+            return None
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise UnreadableAnswerError(f"an event has over {MAX_EVENT_BYTES} bytes")
+        told = b"".join(map(self._as_one, _pieces(part))) if self._before and not self.is_whole else part
+        if not self._is_incremental and _OF_SAMPLE in part:
+            self._parts.clear()  # it repeats those before it
+        self._parts.append(part)
+        return told
 
     def next_body(self) -> bytes | None:
         """What to ask of another replica; None where the answer does not say what that needs."""
-        found = self._joined()
+        found = self._joined_or_nothing()
         meta = found.get("meta_info", {})
         seed = meta.get("seed")
-        self._parts = []
+        self._parts, self._rest = [], b""
         if seed is None:
             return None
         self._before = found
@@ -79,18 +130,45 @@ class Resumption:
     @property
     def is_finished(self) -> bool:
         """True when only the end of the stream did not come."""
-        return self._joined().get("meta_info", {}).get("finish_reason") is not None
+        if self._error is not None:
+            return True
+        return self._joined_or_nothing().get("meta_info", {}).get("finish_reason") is not None
 
-    def whole(self) -> bytes:
-        """The answer, once its stream has ended."""
-        return msgspec.json.encode(self._joined())
+    def rest(self) -> bytes:
+        """What came behind the last event, of a stream that has ended."""
+        return self._rest
+
+    def whole(self) -> tuple[int, bytes]:
+        """Status and body of the answer, once its stream has ended: that of an error, if the stream ended with one.
+        Raises `UnreadableAnswerError` where it has no end."""
+        if (error := self._error) is not None:
+            return error["code"], msgspec.json.encode({"object": "error", **error, "error": error})
+        if not self.is_finished:
+            raise UnreadableAnswerError("its stream ended before the generation did")
+        return _OK, msgspec.json.encode(self._joined())
+
+    @property
+    def _error(self) -> dict[str, Any] | None:
+        """The error that the replica has ended its stream with, if it has."""
+        if _ERROR not in b"".join(self._parts[-_NUM_LAST:]):
+            return None
+        found = (_error_in(piece) for part in self._parts[-_NUM_LAST:] for piece in _pieces(part))
+        return next((error for error in found if error is not None), None)
 
     def _streamed(self, asked: dict[str, Any]) -> dict[str, Any]:
         return {**asked, "stream": True, "incremental_streaming_output": True} if self.is_whole else asked
 
+    def _joined_or_nothing(self) -> dict[str, Any]:
+        """As `_joined`; {} where it cannot be read."""
+        try:
+            return self._joined()
+        except UnreadableAnswerError:
+            return {}
+
     def _joined(self) -> dict[str, Any]:
-        """All that came, as one answer."""
-        events = [event for part in self._parts for event in _events(part)]
+        """All that came, as one answer. Raises `UnreadableAnswerError`."""
+        found = (_event_of(piece) for part in self._parts for piece in _pieces(part))
+        events = [event for event in found if event is not None]
         if not self._is_incremental:
             events = events[-1:]  # which repeats those before it
         return self._behind(events) if events else self._before
@@ -101,14 +179,17 @@ class Resumption:
             return _join(events, 0, 0)
         return _join([self._before, *events], _num_tokens(self._before), self.num_resumed)
 
-    def _as_one(self, event: dict[str, Any]) -> bytes:
-        """An event of a later replica, as if there had been one."""
+    def _as_one(self, piece: bytes) -> bytes:
+        """An event of a later replica, as if there had been one; what says nothing of a sample is passed on."""
+        event = _event_of(piece)
+        if event is None:
+            return piece + _GAP
         told = self._behind([event])
         if self._is_incremental:
             own = {key: event["meta_info"][key] for key in _GROWING if key in event["meta_info"]}
             told |= {key: event[key] for key in ("text", "output_ids") if key in event}
             told["meta_info"] |= own
-        return b"data: " + msgspec.json.encode(told) + b"\n\n"
+        return b"data: " + msgspec.json.encode(told) + _GAP
 
 
 def resumption_of(path: str, body: bytes, mode: ResumeMode, *, streams_new: bool = False) -> Resumption | None:
@@ -117,7 +198,7 @@ def resumption_of(path: str, body: bytes, mode: ResumeMode, *, streams_new: bool
         return None
     try:
         asked = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except DECODE_ERRORS:
         return None
     ids, params, is_stream = asked.get("input_ids"), asked.get("sampling_params") or {}, asked.get("stream") is True
     is_one = isinstance(ids, list) and ids and all(type(each) is int for each in ids)
@@ -145,15 +226,41 @@ def _are_counts(asked: dict[str, Any], params: dict[str, Any]) -> bool:
     return all(type(each) is int for each in numbers)
 
 
-def _events(part: bytes) -> list[dict[str, Any]]:
-    """The whole events of a part that say something of a sample."""
-    found = []
-    for piece in part.split(b"\n\n")[:-1]:
-        if piece.startswith(_EVENT) and RETRYABLE_MARK not in piece:
-            event = msgspec.json.decode(piece[len(b"data: ") :])
-            if "meta_info" in event:
-                found.append(event)
-    return found
+def _pieces(part: bytes) -> list[bytes]:
+    """The whole events of a part."""
+    return part.split(_GAP)[:-1]
+
+
+def _event_of(piece: bytes) -> dict[str, Any] | None:
+    """An event that says something of a sample; None for another. Raises `UnreadableAnswerError`."""
+    if not piece.startswith(_EVENT) or RETRYABLE_MARK in piece:
+        return None
+    try:
+        event = msgspec.json.decode(piece[len(b"data: ") :], type=dict[str, Any])
+        if "meta_info" not in event:
+            return None
+        msgspec.convert(event, _Event)
+    except DECODE_ERRORS as error:
+        raise UnreadableAnswerError(f"an event cannot be read: {error}") from None
+    return event
+
+
+class _Error(msgspec.Struct):
+    message: str
+    code: int
+
+
+def _error_in(piece: bytes) -> dict[str, Any] | None:
+    """The error that an event tells of; None: it does not."""
+    if not piece.startswith(_EVENT):
+        return None
+    try:
+        event = msgspec.json.decode(piece[len(b"data: ") :], type=dict[str, Any])
+        msgspec.convert(event.get("error"), _Error)
+    except DECODE_ERRORS:
+        return None
+    error: dict[str, Any] = event["error"]
+    return error if _LEAST_ERROR <= error["code"] <= _LAST_ERROR else None
 
 
 def _num_tokens(answer: dict[str, Any]) -> int:
@@ -166,6 +273,8 @@ def _join(answers: list[dict[str, Any]], num_before: int, num_resumed: int) -> d
     metas = [each["meta_info"] for each in answers]
     of_prompt = {key: value for key, value in metas[0].items() if key in _OF_PROMPT or key.startswith("input_")}
     meta = {**metas[-1], **of_prompt, **_join_spans(metas)}
+    if num_before and meta.get("weight_versions") is not None:
+        meta["weight_versions"] = _ranges_behind(metas[0].get("version_spans", ()), num_before, metas[-1])
     meta["completion_tokens"] = num_before + metas[-1]["completion_tokens"]
     for key in _LISTS:
         if any(key in each for each in metas):
@@ -178,7 +287,22 @@ def _join(answers: list[dict[str, Any]], num_before: int, num_resumed: int) -> d
     if num_resumed:
         meta["num_resumed"] = num_resumed
     told = {**last, "output_ids": [token for each in answers for token in each["output_ids"]], "meta_info": meta}
-    return {**told, "text": "".join(each["text"] for each in answers)} if "text" in first else told
+    return {**told, "text": "".join(each.get("text", "") for each in answers)} if "text" in first else told
+
+
+def _ranges_behind(spans: Any, num_before: int, last: dict[str, Any]) -> list[dict[str, Any]]:
+    """Half-open ranges of tokens by their weights, as the last event has them: of the tokens before it, too."""
+    ends = list(itertools.accumulate(num for _, num in spans))
+    before = [
+        {"version": version, "start": end - num, "end": end} for (version, num), end in zip(spans, ends, strict=True)
+    ]
+    behind = [
+        {**each, "start": each["start"] + num_before, "end": each["end"] + num_before}
+        for each in last["weight_versions"]
+    ]
+    if before and behind and before[-1]["version"] == behind[0]["version"]:
+        behind[0]["start"] = before.pop()["start"]
+    return before + behind
 
 
 def _join_spans(metas: list[dict[str, Any]]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class ReplicaRouter:
         await self._front.close(self._options.drain_timeout if timeout is None else timeout)
         self._watch.close()
         self._lookout.close()
+        self._updates.close()
         if self._catch_up is not None:
             self._catch_up.cancel()
             await asyncio.wait([self._catch_up])

@@ -8,9 +8,10 @@ replica that fails in a session has no more part in it, and leaves the rotation 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -23,6 +24,7 @@ from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica
 from headrace.cluster.updates import WeightUpdates
 from headrace.ipc.buffers import BorrowedBuffer, SharedBuffer
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import RequestError, UpdateConflictError
 from headrace.types.http import (
     LENGTH_BYTES,
@@ -30,6 +32,7 @@ from headrace.types.http import (
     PREFIX,
     TOKEN_BYTES,
     AbortAsk,
+    BeginAsk,
     CommitAsk,
     ExtendAsk,
     LendAsk,
@@ -45,6 +48,7 @@ from headrace.types.weights import BufferRef, UpdateReport
 MAX_SESSIONS = 64
 """Begun and never ended: the oldest is forgotten."""
 Ask = TypeVar("Ask")
+_MAY_COMMIT = frozenset(("settle_part", "commit", "update_weights_from_disk", "set_weight_version"))
 _pack = msgspec.msgpack.encode
 _REPORT = cast("type[UpdateReport | None]", UpdateReport | None)
 _JOINED = cast("type[PartJoined | None]", PartJoined | None)
@@ -80,7 +84,7 @@ class SharedSessions:
         self._options = options
         self._sessions: dict[int, SharedSession] = {}
         self._numbers = itertools.count(1)
-        self._calls: dict[str, Callable[[Head, bytes], Any]] = {
+        self._calls: dict[str, Callable[[Head, bytes], Coroutine[Any, Any, bytes]]] = {
             "begin_update": self._begin,
             "join_update": self._join,
             "extend_update": self._extend,
@@ -97,20 +101,24 @@ class SharedSessions:
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """One of these calls."""
         try:
-            answer = await self._calls[head.path.removeprefix(f"{PREFIX}/")](head, body)
+            name = head.path.removeprefix(f"{PREFIX}/")
+            work = functools.partial(self._calls[name], head, body)
+            answer = await (self._updates.carry_out(work) if name in _MAY_COMMIT else work())
         except _AllFailedError as failed:
             exchange.error(failure_of(failed.answers, len(failed.answers)))
         else:
             reply_packed(exchange, answer)
 
     async def _begin(self, head: Head, body: bytes) -> bytes:
-        answers = await self._ask(head, dict.fromkeys(self._updates.replicas, body))
+        is_partial = _unpack(body, BeginAsk).partial
+        taking = self._updates.current if is_partial else self._updates.replicas
+        answers = await self._ask(head, dict.fromkeys(taking, body), SessionBegun)
         session = self._add({each.replica: _unpack(each.raw, SessionBegun) for each in answers})
         return _pack(session.told(self._options.max_body_bytes))
 
     async def _join(self, head: Head, body: bytes) -> bytes:
         """Which session a bucket belongs to each replica says; if it is the one of the last bucket, so it is here."""
-        answers = await self._ask(head, dict.fromkeys(self._updates.replicas, body))
+        answers = await self._ask(head, dict.fromkeys(self._updates.replicas, body), _JOINED)
         parts = {each.replica: _unpack(each.raw, _JOINED) for each in answers}
         joined = {replica: part for replica, part in parts.items() if part is not None}
         if not joined:
@@ -127,7 +135,7 @@ class SharedSessions:
         return _pack(PartJoined(session.told(self._options.max_body_bytes), indices))
 
     async def _extend(self, head: Head, body: bytes) -> bytes:
-        return await self._alike(head, _unpack(body, ExtendAsk))
+        return await self._alike(head, _unpack(body, ExtendAsk), kind=int)
 
     async def _stage(self, head: Head, body: bytes) -> bytes:
         size = int.from_bytes(body[:LENGTH_BYTES], "little")
@@ -152,7 +160,7 @@ class SharedSessions:
                 (answer,) = await self._updates.ask(head, {replica: _pack(own)})
                 if answer.status == RequestError.status:
                     raise RequestError(f"{replica.id} cannot read this buffer", field="buffer")
-                if answer.is_ok:
+                if answer.checked(int).is_ok:
                     numbers[replica] = _unpack(answer.raw, int)
         if not numbers:
             raise RequestError("no replica can read this buffer", field="buffer")
@@ -175,57 +183,58 @@ class SharedSessions:
     async def _settle(self, head: Head, body: bytes) -> bytes:
         ask = _unpack(body, SettleAsk)
         session = self._find(ask.session_id)
-        answers = await self._in_session(head, session, self._bodies(session, ask))
+        answers = await self._in_session(head, session, self._bodies(session, ask), _REPORT)
         done = [each for each in answers if _unpack(each.raw, _REPORT) is not None]
         return await self._end(session, done) if done else _pack(None)
 
     async def _commit(self, head: Head, body: bytes) -> bytes:
         ask = _unpack(body, CommitAsk)
         session = self._find(ask.session_id)
-        return await self._end(session, await self._in_session(head, session, self._bodies(session, ask)))
+        done = await self._in_session(head, session, self._bodies(session, ask), UpdateReport)
+        return await self._end(session, done)
 
     async def _end(self, session: SharedSession, done: Sequence[ReplicaAnswer]) -> bytes:
         """The fence: these have committed."""
         live = {each.replica for each in done}
         self._updates.commit(_unpack(done[0].raw, UpdateReport).version, live)
         self._sessions.pop(session.number, None)
-        await self._updates.give_up(set(self._updates.replicas) - live)
+        await self._updates.give_up(set(self._updates.taking_part) - live)
         return done[0].raw
 
     async def _abort(self, head: Head, body: bytes) -> bytes:
         """Of one session, or of whichever is open at each replica."""
         ask = _unpack(body, AbortAsk)
         if ask.session_id is None:
-            await self._ask(head, dict.fromkeys(self._updates.replicas, body))
+            await self._ask(head, dict.fromkeys(self._updates.replicas, body), None)
         else:
             session = self._find(ask.session_id)
             self._sessions.pop(session.number)
-            await self._ask(head, self._bodies(session, ask))
+            await self._ask(head, self._bodies(session, ask), None)
         return _pack(None)
 
     async def _from_disk(self, head: Head, body: bytes) -> bytes:
-        answers = await self._ask(head, dict.fromkeys(self._updates.replicas, body))
+        answers = await self._ask(head, dict.fromkeys(self._updates.replicas, body), UpdateReport)
         self._updates.commit(_unpack(answers[0].raw, UpdateReport).version, {each.replica for each in answers})
         return answers[0].raw
 
     async def _set_version(self, head: Head, body: bytes) -> bytes:
-        answers = await self._ask(head, dict.fromkeys(self._updates.current, body))
+        answers = await self._ask(head, dict.fromkeys(self._updates.current, body), None)
         version = _unpack(body, _Versioned).version
         self._updates.commit(None if version is None else str(version), {each.replica for each in answers})
         return answers[0].raw
 
-    async def _alike(self, head: Head, ask: Any, write: Callable[[Any], bytes] = _pack) -> bytes:
+    async def _alike(self, head: Head, ask: Any, write: Callable[[Any], bytes] = _pack, kind: Any = None) -> bytes:
         """A call within a session to which all answer the same; who answers otherwise has no more part in it."""
         session = self._find(ask.session_id)
-        answers = await self._in_session(head, session, self._bodies(session, ask, write))
+        answers = await self._in_session(head, session, self._bodies(session, ask, write), kind)
         first = answers[0].raw
         self._keep(session, {each.replica for each in answers if each.raw == first})
         return first
 
     async def _in_session(
-        self, head: Head, session: SharedSession, bodies: dict[RemoteReplica, bytes]
+        self, head: Head, session: SharedSession, bodies: dict[RemoteReplica, bytes], kind: Any = None
     ) -> list[ReplicaAnswer]:
-        answers = await self._ask(head, bodies)
+        answers = await self._ask(head, bodies, kind)
         self._keep(session, {each.replica for each in answers})
         return answers
 
@@ -238,13 +247,13 @@ class SharedSessions:
         own = {r: msgspec.structs.replace(ask, session_id=begun.session_id) for r, begun in session.begun.items()}
         return {replica: write(each) for replica, each in own.items()}
 
-    async def _ask(self, head: Head, bodies: dict[RemoteReplica, bytes]) -> list[ReplicaAnswer]:
-        """The answers that are no errors; what failed is told its update is over. Raises if all are errors."""
-        answers = await self._updates.ask(head, bodies)
+    async def _ask(self, head: Head, bodies: dict[RemoteReplica, bytes], kind: Any) -> list[ReplicaAnswer]:
+        """The answers that are of this `kind`; what failed is told its update is over. Raises if all failed."""
+        answers = [each.checked(kind) for each in await self._updates.ask(head, bodies)]
         good = [each for each in answers if each.is_ok]
         if not good:
             raise _AllFailedError(answers)
-        await self._updates.give_up({each.replica for each in answers if not each.is_ok})
+        await self._updates.give_up({each.replica for each in answers if not (each.is_ok or each.is_conflict)})
         return good
 
     def _add(self, begun: dict[RemoteReplica, SessionBegun]) -> SharedSession:
@@ -277,5 +286,5 @@ def _goes_on(last: SharedSession, begun: dict[RemoteReplica, SessionBegun]) -> b
 def _unpack(raw: bytes | memoryview, kind: type[Ask]) -> Ask:
     try:
         return msgspec.msgpack.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise RequestError(f"body: {error}", field="body") from None

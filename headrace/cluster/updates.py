@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import binascii
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncIterator, Collection, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,6 +24,7 @@ from headrace.cluster.http_parts import Head
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import UnreachableError, WeightUpdateError
 from headrace.weights.foreign import read_payload
 from headrace.weights.foreign_files import count_up
@@ -31,8 +33,10 @@ _BUCKET = "/update_weights_from_tensor"
 _LABEL = "/update_weight_version"
 _END = "/end_weight_update"
 _COMMITS = frozenset(("/update_weights_from_disk", _LABEL, _END))
+_MAY_COMMIT = _COMMITS | {_BUCKET}
 _GIVE_UP_SECONDS = 5.0
 _JSON = (b"content-type", b"application/json")
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -58,19 +62,29 @@ class WeightUpdates:
         self._num_asking = 0
         self._is_quiet = asyncio.Event()
         self._is_quiet.set()
+        self._turn = asyncio.Lock()
+        self._committing: asyncio.Future[Any] | None = None
 
     @property
     def replicas(self) -> list[RemoteReplica]:
         """Those that an update which begins now goes to. `UnreachableError` if there is none."""
-        healthy = [each for each in self._replicas if each.is_healthy and each not in self._left_out]
-        if not healthy:
+        if not self.taking_part:
             raise UnreachableError("no replica is healthy: GET /workers says why")
-        return healthy
+        return self.taking_part
+
+    @property
+    def taking_part(self) -> list[RemoteReplica]:
+        """The same, or none."""
+        return [each for each in self._replicas if each.is_healthy and each not in self._left_out]
 
     @property
     def current(self) -> list[RemoteReplica]:
-        """Those of them whose weights are current: another label is for no others."""
-        return [each for each in self.replicas if each.is_current] or self.replicas
+        """Those of them whose weights are current: another label, or new values of some tensors only, are for no
+        others. `UnreachableError` if there is none."""
+        current = [each for each in self.replicas if each.is_current]
+        if not current:
+            raise UnreachableError("no healthy replica holds the current weights: push all of them again")
+        return current
 
     async def ask(self, head: Head, bodies: dict[RemoteReplica, bytes]) -> list[ReplicaAnswer]:
         """What each answers to a call of an update."""
@@ -94,8 +108,37 @@ class WeightUpdates:
         finally:
             self._left_out.discard(replica)
 
+    async def carry_out(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """What may make weights live: one after the other, so that all replicas see the same order, and to its end. If
+        its client goes away meanwhile some replicas may have the weights, and the others have to follow, or to leave
+        the rotation."""
+        await self._turn.acquire()
+        self._committing = asyncio.ensure_future(work())
+        self._committing.add_done_callback(self._end_turn)
+        return await asyncio.shield(self._committing)
+
+    def close(self) -> None:
+        """Carry out nothing more."""
+        if self._committing is not None:
+            self._committing.cancel()
+
+    def _end_turn(self, done: asyncio.Future[Any]) -> None:
+        self._committing = None
+        self._turn.release()
+        if not done.cancelled() and (error := done.exception()) is not None:
+            logger.info("a call that brings weights failed: %s", error)  # perhaps nobody waits for it any more
+
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """A call. It fails if it does at all replicas."""
+        work = functools.partial(self._update, head, body)
+        told = await (self.carry_out(work) if head.path in _MAY_COMMIT else work())
+        if told["success"]:
+            reply_json(exchange, told)
+        else:
+            exchange.error(told)
+
+    async def _update(self, head: Head, body: bytes) -> dict[str, Any]:
+        """What the client is told."""
         asked = _read(body)
         self._begin_if_new(head.path, asked)
         taking = self.current if head.path == _LABEL else self.replicas
@@ -106,9 +149,8 @@ class WeightUpdates:
         good = [each for each in answers if each.is_ok]
         if not good:
             self._dropped.clear()
-            failed = failure_of(answers, len(answers))
-            exchange.error({**failed, "success": False, "results": [each.shown() for each in answers]})
-            return
+            results = [each.shown() for each in answers]
+            return {**failure_of(answers, len(answers)), "success": False, "results": results}
         reports = {each.replica: _report_of(each) for each in good}
         live = [replica for replica, report in reports.items() if report is not None or head.path in _COMMITS]
         if live:
@@ -116,9 +158,9 @@ class WeightUpdates:
             self.commit(None if version is None else str(version), live)
         else:
             self._dropped |= {each.replica for each in answers if not each.is_ok}
-        kept = set(live) or {each.replica for each in good}
+        kept = set(live) or {each.replica for each in answers if each.is_ok or each.is_conflict}
         await self.give_up({each.replica for each in answers} - kept)
-        reply_json(exchange, _told(answers, good, [each for each in reports.values() if each is not None]))
+        return _told(answers, good, [each for each in reports.values() if each is not None])
 
     def commit(self, version: str | None, live: Collection[RemoteReplica]) -> None:
         """An update has returned at these replicas: the fence."""
@@ -149,7 +191,7 @@ def _read(body: bytes) -> _Body:
     """What cannot be read the replicas refuse."""
     try:
         return msgspec.json.decode(body, type=_Body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return _Body()
 
 

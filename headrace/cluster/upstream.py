@@ -15,6 +15,8 @@ from headrace.cluster.http_parts import MAX_HEAD_BYTES, ChunkReader, FramingErro
 from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError
 
 MAX_ANSWER_BYTES = 4 << 30
+MAX_CHUNK_BYTES = 256 << 20
+"""A chunk is passed on whole, and held until then."""
 MAX_UNREAD_BYTES = 1 << 20
 IDLE_SECONDS = 20.0
 """Well below what servers keep an idle connection for, so that few are closed under a request."""
@@ -107,8 +109,8 @@ class Upstream:
                 _, connection = await loop.create_connection(UpstreamConnection, *self._address)
         except TimeoutError:
             raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
-        except OSError as error:
-            raise BrokenAnswerError(f"no connection: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+            raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
         return connection
 
 
@@ -134,9 +136,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def may_be_used_again(self) -> bool:
-        """True when nothing is left of an answer, and the replica keeps the connection."""
+        """True when nothing is left of an answer, read or not, and the replica keeps the connection."""
         is_kept = self._head is None or self._head.keeps_alive
-        return self._is_complete and is_kept and self._error is None and not self._buffer
+        if self._parts or self._is_paused:
+            return False  # whoever asked went away, and the next one must not get it
+        is_still = self._error is None and not self._buffer and not self._transport.get_write_buffer_size()
+        return self._is_complete and is_kept and is_still
 
     def is_silent_since(self, moment: float) -> bool:
         """True when nothing came since then of an answer that is waited for; what we leave unread is no silence."""
@@ -145,6 +150,7 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, head: bytes, body: bytes) -> None:
         """Begin a request."""
         self._head, self._chunks, self._is_complete, self.has_begun = None, None, False, False
+        self._parts, self._num_unread = [], 0
         self.used_at = self._loop.time()
         self._transport.writelines((head, body))
 
@@ -201,7 +207,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        ends_well = self._head is not None and self._head.ends_with_connection and exc is None
+        is_cut = exc is not None or self._error is not None  # by us, if there is an error already
+        ends_well = self._head is not None and self._head.ends_with_connection and not is_cut
         self._is_complete = self._is_complete or ends_well
         if self._error is None:
             message = "the connection to the replica broke" if self.has_begun else "the replica closed the connection"
@@ -252,7 +259,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self._head = head
                 is_open = head.body_size is None
                 self._num_left = -1 if is_open else head.body_size or 0
-                self._chunks = ChunkReader(MAX_ANSWER_BYTES) if is_open and not head.ends_with_connection else None
+                is_chunked = is_open and not head.ends_with_connection
+                self._chunks = ChunkReader(MAX_ANSWER_BYTES, MAX_CHUNK_BYTES) if is_chunked else None
                 return True
         if len(self._buffer) > MAX_HEAD_BYTES:
             raise FramingError("its head has no end")

@@ -31,7 +31,7 @@ def score_by_engine(
                 input_ids=[each.prompt_ids + each.ids for each in batch],
                 sampling_params={"temperature": temperature},
                 prompt_logprob_mode="raw" if temperature == 1.0 else "temperature",
-                logprob_start=min(len(each.prompt_ids) for each in batch),
+                logprob_start=min(engine.resolved.context_length, *(len(each.prompt_ids) for each in batch)),
                 return_errors=True,
             )
             for trajectory, generation in zip(batch, generations, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from headrace.types.errors import ConfigError
-from headrace.types.plain_values import as_path
+from headrace.types.plain_values import TORN_JSON, as_path
 
 NO_VERSION = "unknown"
 """The version of tokens of which the file names none."""
@@ -51,8 +51,8 @@ class Trajectory(msgspec.Struct, frozen=True):
 def read_trajectories(path: str | Path, limit: int | None = None) -> list[Trajectory]:
     """The trajectories of a file that have sampled tokens, in the order of their first lines; at most `limit`.
 
-    A last line without its end is left out if it is not whole: whoever wrote it was cut off. Raises `ConfigError`
-    (field "trajectories") with the number of the line, and what of it is wrong.
+    A line that is not whole is left out: whoever wrote it was cut off, and perhaps another went on. Raises
+    `ConfigError` (field "trajectories") with the number of the line, and what of it is wrong.
     """
     where = as_path(str(path), "trajectories", ConfigError)
     try:
@@ -66,7 +66,7 @@ def read_trajectories(path: str | Path, limit: int | None = None) -> list[Trajec
         try:
             trajectory = _decode(line, number)
         except ValueError as error:
-            if number == len(lines):
+            if number == len(lines) or str(error) == TORN_JSON:
                 continue
             raise ConfigError(f"{where}, line {number}: {error}", field="trajectories") from None
         if wrong := _problem(trajectory):

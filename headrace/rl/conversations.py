@@ -4,6 +4,7 @@ Owns the record and its file of JSON lines; knows no engine.
 
 from __future__ import annotations
 
+import os
 import random
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +14,8 @@ from typing import Any, Literal
 import msgspec
 
 from headrace.rl.tools import CallRecord
-from headrace.types.errors import ConfigError, ErrorInfo
-from headrace.types.plain_values import as_integer, as_path, as_seconds
+from headrace.types.errors import ConfigError, ErrorInfo, RequestError
+from headrace.types.plain_values import TORN_JSON, as_integer, as_path, as_seconds
 
 Status = Literal["new", "cut", "done", "turns", "length", "deadline", "error"]
 
@@ -82,7 +83,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     open_turn     where in `ids` a reply begins that was cut, to be continued
     status        "new" | "cut": to be (continued) by the next run; over: "done" (a reply without a call, and no more to
                   say to it), "turns", "length" (no room for more tokens), "deadline", "error"
-    error         what kept it from going on; with "cut", it may be tried again
+    error         what kept it from going on, or a tool from ending; with "cut", it may be tried again
     seconds       how long it took, in all runs
     num_resumes   how often a reply went on that an abort or an update had cut, and that a run had
     reward        what the loop's `reward` said; None: nothing
@@ -175,29 +176,72 @@ def new_group(
     ]
 
 
+def check_conversations(conversations: Sequence[Conversation], *, are_logged: bool) -> None:
+    """Raise `RequestError` (field "conversations") for what no JSON can hold, and is to be told or logged."""
+    names = ("messages", "data", "tools_kwargs") if are_logged else ("messages",)
+    for number, each in enumerate(conversations):
+        for name in names:
+            reason = _unwritable(getattr(each, name))
+            if reason:
+                message = f"conversations[{number}].{name} is not JSON: {reason}"
+                raise RequestError(message, field="conversations")
+
+
+def _unwritable(value: Any) -> str:
+    """Why JSON cannot hold it; "" if it can."""
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
 class ConversationLog:
     """A file of conversations, one a line, which grows."""
 
     def __init__(self, path: str | Path) -> None:
         """`ConfigError` (field "log") for a file that cannot be written."""
         where = as_path(str(path), "log", ConfigError)
+        self._where = where
         try:
             self._file = where.open("ab")
+            if _ends_in_a_line(where):
+                self._file.write(b"\n")  # what comes is not to be lost with it
         except OSError as error:
-            raise ConfigError(f"log {where} cannot be written: {error.strerror}", field="log") from None
+            raise self._failed(error) from None
         self._encoder = msgspec.json.Encoder()
 
     def write(self, conversation: Conversation) -> None:
-        self._file.write(self._encoder.encode(conversation) + b"\n")
-        self._file.flush()
+        """Add it. `ConfigError` (field "log") where that fails, or the caller's own part of it is not JSON any more."""
+        try:
+            line = self._encoder.encode(conversation)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"log: conversation {conversation.id} is not JSON: {error}", field="log") from None
+        try:
+            self._file.write(line + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> ConfigError:
+        return ConfigError(f"log {self._where} cannot be written: {error.strerror}", field="log")
 
     def close(self) -> None:
         self._file.close()
 
 
+def _ends_in_a_line(path: Path) -> bool:
+    """Whether the last line of a file was not written whole."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations in a log, each as it was last written, in the order of their first lines. A last line that was
-    not written whole is left out. `ConfigError` (field "path") naming what cannot be read."""
+    """The conversations in a log, each as it was last written, in the order of their first lines. A line that was not
+    written whole is left out. `ConfigError` (field "path") naming what cannot be read."""
     where = as_path(str(path), "path", ConfigError)
     try:
         lines = where.read_bytes().split(b"\n")
@@ -208,7 +252,11 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             conversation = decoder.decode(line)
-        except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        except msgspec.DecodeError as error:
+            if str(error) == TORN_JSON:
+                continue  # whoever wrote it ended, and another one went on
+            raise ConfigError(f"path {where}, line {number} is no conversation: {error}", field="path") from None
+        except (RecursionError, UnicodeError) as error:
             raise ConfigError(f"path {where}, line {number} is no conversation: {error}", field="path") from None
         found[conversation.id] = conversation
     return list(found.values())

@@ -27,6 +27,7 @@ from headrace.rl.conversations import (
     ReplyRecord,
     RolloutLimits,
     Status,
+    check_conversations,
     new_group,
     read_conversations,
 )
@@ -119,6 +120,7 @@ class RolloutLoop:
         self._uses: dict[str, ToolUse] = {}  # of conversations that are not over, which may be continued
         self._groups: dict[str, dict[str, Conversation]] = {}  # those of each that are over, until all are
         self._run: _Run | None = None
+        self._is_running = False
 
     async def run(self, conversations: Iterable[Conversation], *, enough: int | None = None) -> list[Conversation]:
         """Run those that are not over, all at once, and return all of them, in this order.
@@ -131,11 +133,19 @@ class RolloutLoop:
         that were not over are of no more use.
         """
         chosen = list(conversations)
-        if self._run is not None:
+        if self._is_running:
             raise RequestError("another run of this loop is in progress", field="conversations")
         if len({each.id for each in chosen}) < len(chosen):
             raise RequestError("a conversation is given twice", field="conversations")
-        self._run = run = _Run(await self._prepared(), self._limits.concurrency, enough)
+        check_conversations(chosen, are_logged=self._log is not None)
+        self._is_running = True
+        try:
+            return await self._run_all(chosen, _Run(await self._prepared(), self._limits.concurrency, enough))
+        finally:
+            self._is_running = False
+
+    async def _run_all(self, chosen: list[Conversation], run: _Run) -> list[Conversation]:
+        self._run = run
         try:
             for each in chosen:
                 if each.is_over:
@@ -158,14 +168,17 @@ class RolloutLoop:
             self._run.stop.set()
 
     async def close(self) -> None:
-        """Release the tools of conversations that are not over, and close the log."""
+        """Release the tools of conversations that are not over, and close the log. Raises the first error of a tool,
+        once all are released."""
         uses, self._uses = self._uses, {}
         try:
-            for use in uses.values():
-                await self._release(use)
+            ends = await asyncio.gather(*(use.close(self._limits.tool_timeout) for use in uses.values()))
         finally:
             if self._log is not None:
                 self._log.close()
+        for _, error in ends:
+            if error is not None:
+                raise error
 
     async def __aenter__(self) -> Self:
         return self
@@ -317,16 +330,11 @@ class RolloutLoop:
         conversation = talk.conversation
         talk.end_turn()
         del self._uses[conversation.id]
-        conversation.tool_rewards = await self._release(talk.use)
+        conversation.tool_rewards, error = await talk.use.close(self._limits.tool_timeout)
+        if error is not None:
+            conversation.status, conversation.error = "error", error.info()
         if self._reward is not None:
             conversation.reward = float(await _settled(self._reward(conversation)))
-
-    async def _release(self, use: ToolUse) -> dict[str, float]:
-        try:
-            return await asyncio.wait_for(use.close(), self._limits.tool_timeout)
-        except TimeoutError:
-            message = f"a tool was not released within {self._limits.tool_timeout:g} s"
-            raise DeadlineError(message, field="tool_timeout") from None
 
     async def _count(self, conversation: Conversation, run: _Run) -> None:
         """Tell of its group, if it was the last of it."""

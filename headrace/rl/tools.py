@@ -7,17 +7,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import math
 import re
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from headrace.text import ToolCall, normalize_tools
-from headrace.types.errors import ConfigError, RequestError, encodable
+from headrace.types.errors import ConfigError, DeadlineError, HeadraceError, RequestError, encodable
 
 Fault = Literal["", "invalid", "failed", "late"]
 
@@ -124,11 +125,11 @@ class VerlTool:
     async def call(self, instance: Any, values: dict[str, Any], arguments: Mapping[str, Any]) -> tuple[Any, float]:
         response, reward, _ = await self._tool.execute(instance, values, **arguments.get("execute_kwargs", {}))
         text = response.get("text") if isinstance(response, Mapping) else getattr(response, "text", response)
-        return "" if text is None else text, float(reward or 0.0)
+        return "" if text is None else text, _finite(reward or 0.0)
 
     async def close(self, instance: Any, arguments: Mapping[str, Any]) -> float:
         try:
-            return float(await self._tool.calc_reward(instance, **arguments.get("calc_reward_kwargs", {})))
+            return _finite(await self._tool.calc_reward(instance, **arguments.get("calc_reward_kwargs", {})))
         finally:
             await self._tool.release(instance, **arguments.get("release_kwargs", {}))
 
@@ -188,30 +189,46 @@ class ToolUse:
             reward=reward,
         )
 
-    async def close(self) -> dict[str, float]:
-        """Release the instances; returns the reward of each that gives one. Raises the first error of a tool, once all
-        are released."""
+    async def close(self, seconds: float) -> tuple[dict[str, float], HeadraceError | None]:
+        """Release the instances, each within `seconds`. Returns the reward of each that gives one, and what kept the
+        first of those that could not be released, or asked."""
         opened, self._instances = self._instances, {}
-        names = [name for name, opening in opened.items() if opening.done() and not _has_failed(opening)]
-        rewards = await asyncio.gather(
-            *(self._box.named(name).close(opened[name].result(), self._of(name)) for name in names),
-            return_exceptions=True,
-        )
-        for reward in rewards:
-            if isinstance(reward, BaseException):
-                raise reward
-        return {name: reward for name, reward in zip(names, rewards, strict=True) if isinstance(reward, float)}
+        ends = await asyncio.gather(*(self._close(name, opening, seconds) for name, opening in opened.items()))
+        rewards = {name: end for name, end in zip(opened, ends, strict=True) if isinstance(end, float)}
+        return rewards, next((end for end in ends if isinstance(end, HeadraceError)), None)
+
+    async def _close(self, name: str, opening: asyncio.Future[Any], seconds: float) -> float | HeadraceError | None:
+        if not opening.done():
+            opening.cancel()  # nobody waits for it any more
+            return None
+        if _has_failed(opening):
+            return None
+        work = self._box.named(name).close(opening.result(), self._of(name))
+        task: asyncio.Future[float | None] = asyncio.ensure_future(_guarded(work))
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if not task.done():
+                return DeadlineError(f"tool {name} was not released within {seconds:g} s", field="tool_timeout")
+            error = task.exception()
+            if error is not None:
+                return RequestError(f"tool {name} at the end of its conversation: {_said(error)}", field="tools")
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(_forget)
 
     async def _run(self, call: ToolCall) -> tuple[str, float]:
         tool, instance = self._box.named(call.name), await self._instance(call.name)
-        found, reward = await tool.call(instance, msgspec.json.decode(call.arguments), self._of(call.name))
+        values = msgspec.json.decode(call.arguments)
+        found, reward = await _guarded(tool.call(instance, values, self._of(call.name)))
         return found if isinstance(found, str) else msgspec.json.encode(found).decode(), reward
 
     async def _instance(self, name: str) -> Any:
         """Opened once, whoever of several calls asks first, and again only if that failed."""
         opening = self._instances.get(name)
         if opening is None or (opening.done() and _has_failed(opening)):
-            opening = asyncio.ensure_future(self._box.named(name).open(self._of(name)))
+            opening = asyncio.ensure_future(_guarded(self._box.named(name).open(self._of(name))))
             opening.add_done_callback(_forget)
             self._instances[name] = opening
         return await asyncio.shield(opening)
@@ -232,8 +249,53 @@ def _outcome(task: asyncio.Future[tuple[str, float]], late: str) -> tuple[Fault,
     except _InvalidCall as error:
         return "invalid", f"Error: {error}", 0.0
     except Exception as error:  # the user's own code: the model is told, and the conversation goes on
-        return "failed", f"Error: {type(error).__name__}: {error}", 0.0
+        return "failed", f"Error: {_said(error)}", 0.0
     return "", text, reward
+
+
+class _Ended(Exception):
+    """What a tool raised that would have ended more than its call, in words."""
+
+
+async def _guarded(work: Awaitable[Any]) -> Any:
+    """Its result. What it raises concerns nobody but the call: not the loop, and not who waits for others."""
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # ours
+        raise _harmless(error) from None
+    except (Exception, KeyboardInterrupt, GeneratorExit):  # the second is of whoever sits there, the last of the loop
+        raise
+    except BaseException as error:
+        raise _harmless(error) from None
+
+
+def _harmless(error: BaseException) -> Exception:
+    """As an error that a future may hold."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return _Ended(_said(error))
+
+
+def _said(error: BaseException) -> str:
+    """Its name and words, which are the user's code, too."""
+    if isinstance(error, _Ended):
+        return str(error)
+    name = type(error).__name__
+    try:
+        words = str(error)
+    except Exception as further:
+        return f"{name}, which cannot be written: {type(further).__name__}"
+    return f"{name}: {words}"
+
+
+def _finite(reward: Any) -> float:
+    value = float(reward)
+    if not math.isfinite(value):
+        raise ValueError(f"reward {value} is not finite")
+    return value
 
 
 def _has_failed(future: asyncio.Future[Any]) -> bool:
@@ -259,10 +321,8 @@ async def _in_thread(work: Callable[[], Any]) -> Any:
         caught: BaseException | None = None
         try:
             result = context.run(work)
-        except StopIteration:  # no future can hold it
-            caught = RuntimeError("StopIteration")
-        except BaseException as error:
-            caught = error
+        except BaseException as error:  # also `exit()`, of a program that the model wrote
+            caught = _harmless(error)
         try:
             loop.call_soon_threadsafe(settle, result, caught)
         except RuntimeError:  # the loop has ended meanwhile: nobody waits

@@ -313,7 +313,7 @@ _WATCHING: dict[str, RouteNote] = {
         "/ready",
         "A request that came now would start now.",
         reply="`ready`, `weight_version`",
-        remark="503 with the reason if not.",
+        remark="503 with the reason and `weights_state` if not.",
     ),
     **rows("Watching", "/model_info /get_model_info", "What is served.", reply="an object"),
     **rows(

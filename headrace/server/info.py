@@ -80,7 +80,8 @@ class InfoFace:
     async def ready(self, request: Request) -> Response:
         """GET /ready: a request that came now would start now."""
         if not self._state.is_ready:
-            return respond(error_body(503, f"not ready: {self._why_not()}", retryable=True))
+            told = error_body(503, f"not ready: {self._why_not()}", retryable=True)
+            return respond({**told, "weights_state": self._weights_state()})
         return json_reply({"ready": True, "weight_version": self._engine.version})
 
     async def model_info(self, request: Request) -> Response:

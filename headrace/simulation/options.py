@@ -97,9 +97,9 @@ class SimulationOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.groups is not None and not 1 <= self.groups <= 1 << 24:
             raise ConfigError(f"groups must be in [1, {1 << 24}]", field="groups")
         if self.mtbf_hours is not None and not 0 < self.mtbf_hours <= 1e9:
-            raise ConfigError("mtbf_hours must be more than 0", field="mtbf_hours")
+            raise ConfigError("mtbf_hours must be more than 0, and at most 1e9", field="mtbf_hours")
         if self.restart_seconds is not None and not 0 <= self.restart_seconds <= 1e6:
-            raise ConfigError("restart_seconds must not be negative", field="restart_seconds")
+            raise ConfigError("restart_seconds must be in [0, 1e6]", field="restart_seconds")
         if self.shared_tokens > self.prompt_tokens:
             raise ConfigError("shared_tokens are part of prompt_tokens, and may not be more", field="shared_tokens")
         if self.grain not in GRAINS:

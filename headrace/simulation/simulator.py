@@ -16,7 +16,11 @@ from headrace.simulation.replica_model import ReplicaModel
 from headrace.simulation.rollouts import RolloutSource, SimulatedGroup, SimulatedRollout
 from headrace.simulation.timeline import Timeline
 from headrace.simulation.weight_push import commit_delays, restart_seconds
+from headrace.types.errors import ConfigError
 from headrace.types.request import Delta
+
+_MAX_IN_VAIN = 1000
+"""Failures of each replica, without an answer that ends: then none will."""
 
 
 class Simulation:
@@ -43,6 +47,8 @@ class Simulation:
         self.num_void_tokens = 0
         self._chance = random.Random(options.seed + 2)
         self._batch = options.num_groups(num_replicas)
+        self._num_in_vain = 0
+        """Failures since an answer ended."""
         self._num_sent = 0
         self._num_complete = 0
         self._num_taken = 0
@@ -77,6 +83,7 @@ class Simulation:
         front.ask(rollout)
 
     def _ended(self, replica: ReplicaModel, rollout: SimulatedRollout, delta: Delta) -> None:
+        self._num_in_vain = 0
         rollout.ended = self.timeline.now
         rollout.num_cached += delta.num_cached_tokens
         rollout.started, first = delta.times
@@ -134,6 +141,10 @@ class Simulation:
     def _fail(self, replica: ReplicaModel) -> None:
         """A broken connection is seen at once: what the replica was asked goes to others, at the end of their line."""
         self.num_failures += 1
+        self._num_in_vain += 1
+        if self._num_in_vain > _MAX_IN_VAIN * len(self.replicas):
+            message = f"mtbf_hours {self.options.mtbf_hours:g}: replicas fail before any answer ends"
+            raise ConfigError(message, field="mtbf_hours")
         front = self._front_of(replica.number)
         front.lose(replica.number)
         for rollout, num_tokens in replica.die():

@@ -128,5 +128,5 @@ def _read_file(path: Path) -> DeviceProfile:
         return msgspec.json.decode(path.read_bytes(), type=DeviceProfile)
     except OSError as error:
         raise ConfigError(f"profile {path} cannot be read: {error.strerror}", field="profile") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"profile {path}: {error}", field="profile") from None

@@ -21,6 +21,9 @@ import numpy as np
 
 from headrace.types.errors import HeadraceError, RequestError, encodable
 
+TORN_JSON = "Input data was truncated"
+"""What msgspec says of JSON that was cut off, as by the end of who wrote it."""
+
 MAX_SECONDS = 1e9
 """Longest time that may be asked for: thirty years, which every clock and timer here can hold."""
 

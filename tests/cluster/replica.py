@@ -27,6 +27,10 @@ class FakeReplica:
         """What every POST but `/generate` is answered; None: with its own path."""
         self.answers: dict[str, tuple[int, Any]] = {}
         """As `answer`, of single paths; status 0: nothing, and the connection breaks."""
+        self.raw: dict[str, bytes] = {}
+        """What is sent for a target, whatever it is; then the connection is kept."""
+        self.held: dict[str, asyncio.Event] = {}
+        """Targets that are answered once the event is set."""
         self.instance = "one"
         self.delay = 0.0
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
@@ -63,6 +67,10 @@ class FakeReplica:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         method, target, _ = first.split(" ")
+        if target in self.raw:
+            writer.write(self.raw[target])
+            await writer.drain()
+            return True
         if target in ("/health", "/ready"):
             status = self.health if target == "/health" else self.ready
             if status == 0:
@@ -84,6 +92,8 @@ class FakeReplica:
 
     async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes) -> bool:
         if target.partition("?")[0] != "/generate":
+            if target in self.held:
+                await self.held[target].wait()
             status, told = self.answers.get(target) or self.answer or (200, {"path": target})
             if status == 0:
                 return False

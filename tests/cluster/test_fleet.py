@@ -16,6 +16,7 @@ import pytest
 
 from headrace import ConfigError, EngineDeadError
 from headrace.cli.main import main
+from headrace.cluster import catch_up
 from headrace.cluster import fleet as fleet_module
 from headrace.cluster.fleet import Fleet
 from headrace.cluster.fleet_options import FleetOptions
@@ -25,7 +26,8 @@ from headrace.config import EngineConfig
 from headrace.config.devices import CudaDevice
 from headrace.server.listening import listen
 from tests.cluster.builders import Routed
-from tests.cluster.weighted import WeightedServer
+from tests.cluster.test_resumption import over
+from tests.cluster.weighted import WeightedReplica, WeightedServer
 
 
 @contextlib.asynccontextmanager
@@ -77,6 +79,43 @@ def test_one_that_is_killed_is_replaced_and_takes_the_weights_of_a_peer(tmp_path
             assert second.weight_version == "v2" and set(await versions_of(found)) == {"v2"}
 
     asyncio.run(story())
+
+
+def test_a_folder_of_weights_that_a_killed_process_left_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared memory is not held for ever; that of one who lives is left alone."""
+    monkeypatch.setattr(catch_up, "_SHARED_MEMORY", tmp_path)
+    (tmp_path / "headrace-weights-file").write_text("no folder")
+    living, killed = catch_up.WeightsFolder(), catch_up.WeightsFolder()
+    (killed.path / "current").mkdir()
+    (killed.path / "current" / "model.safetensors").write_text("weights")
+    assert killed._lock is not None
+    os.close(killed._lock)  # as the system does
+    third = catch_up.WeightsFolder()
+    assert {each.name for each in tmp_path.iterdir() if each.is_dir()} == {living.path.name, third.path.name}
+    for each in (living, third, third):
+        each.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["headrace-weights-file"]
+
+
+def test_catching_up_goes_on_whatever_a_peer_says_and_asks_the_next(tmp_path: Path) -> None:
+    async def story(found: Routed) -> None:
+        body = {"model_path": "/x", "weight_version": "v1", "fails_at": found.replicas[2].port}
+        found.replicas[0].raw["/headrace/save_model"] = b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n\xc1"
+        assert (await found.http.post("/update_weights_from_disk", json=body)).json()["success"] is True
+        await found.until(lambda: all(each.is_current for each in found.router.replicas))
+        assert found.replicas[2].weight_version == "v1"
+
+    async def run() -> None:
+        async with over([await WeightedReplica().start() for _ in range(3)], weights_folder=tmp_path) as found:
+            await story(found)
+
+    catch_up_rest, catch_up.REST_SECONDS = catch_up.REST_SECONDS, 0.1
+    try:
+        asyncio.run(run())
+    finally:
+        catch_up.REST_SECONDS = catch_up_rest
 
 
 def test_a_budget_that_is_spent_leaves_the_others_and_without_any_it_is_over(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from headrace.cluster.resumption import resumption_of
 from headrace.cluster.router import ReplicaRouter
 from headrace.server.listening import listen
 from tests.cluster.builders import Routed
+from tests.cluster.replica import FakeReplica
 from tests.cluster.test_router import events_of
 from tests.cluster.weighted import WeightedReplica, token_at
 
@@ -30,15 +32,24 @@ ASKED: dict[str, Any] = {
 
 @contextlib.asynccontextmanager
 async def weighted(num: int = 2, **options: Any) -> AsyncIterator[Routed]:
-    replicas = [await WeightedReplica().start() for _ in range(num)]
+    replicas: list[FakeReplica] = [await WeightedReplica().start() for _ in range(num)]
     for number, each in enumerate(replicas):
         each.weight_version = f"v{number}"
-    router = ReplicaRouter([each.url for each in replicas], RouterOptions(policy="round_robin", **options))
+    async with over(replicas, **options) as found:
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def over(
+    replicas: list[FakeReplica], weights_folder: Path | None = None, **options: Any
+) -> AsyncIterator[Routed]:
+    settings = RouterOptions(policy="round_robin", **options)
+    router = ReplicaRouter([each.url for each in replicas], settings, weights_folder=weights_folder)
     listener = listen("127.0.0.1", 0)
     await router.start(listener)
     found = Routed(router, replicas, listener.getsockname()[1])
     try:
-        await found.until_healthy(num)
+        await found.until_healthy(len(replicas))
         yield found
     finally:
         await found.http.aclose()
@@ -174,3 +185,113 @@ def test_events_that_come_together_are_told_apart() -> None:
         assert resumption is not None and resumption.take(part) == part
         body = msgspec.json.decode(resumption.next_body() or b"")
         assert body["input_ids"] == [*PROMPT, 5, 6] and body["num_output_ids_in_prompt"] == 2
+
+
+class ScriptedReplica(FakeReplica):
+    """Streams these bytes, each piece by itself, and breaks off behind the last unless it `ends`."""
+
+    def __init__(self, *pieces: bytes, ends: bool = True) -> None:
+        super().__init__()
+        self.pieces = pieces
+        self.ends = ends
+
+    async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for piece in self.pieces:
+            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        if self.ends:
+            writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+            await writer.drain()
+        return self.ends
+
+
+def event(ids: list[int], num: int, **more: Any) -> bytes:
+    """One of what is new, of a sample that has `num` tokens by now."""
+    meta = {"id": "r", "seed": 7, "completion_tokens": num, "finish_reason": None, "prompt_tokens": 3, **more}
+    return b"data: " + msgspec.json.encode({"output_ids": ids, "meta_info": meta}) + b"\n\n"
+
+
+ERROR = {"message": "logits", "code": 500, "retryable": False, "err_type": "NonFiniteError"}
+TOLD = b"data: " + msgspec.json.encode({"error": ERROR}) + b"\n\n"
+END = {"finish_reason": {"type": "stop"}}
+
+
+async def answered(replicas: list[FakeReplica], *, is_stream: bool) -> Any:
+    async with over([await each.start() for each in replicas], resume="all", wait_timeout=1) as found:
+        asked = {**ASKED, "stream": is_stream, "incremental_streaming_output": True}
+        return await found.generate(**asked)
+
+
+@pytest.mark.parametrize("before", [(), (event([5], 1),)], ids=["at once", "behind a token"])
+def test_a_stream_that_ends_with_an_error_is_no_answer(before: tuple[bytes, ...]) -> None:
+    """Of whichever replica: the client is told it, and gets nothing for the whole."""
+
+    async def story() -> None:
+        reply = await answered([ScriptedReplica(*before, TOLD)], is_stream=False)
+        assert (reply.status_code, reply.json()["err_type"]) == (500, "NonFiniteError")
+        cut = ScriptedReplica(event([5], 1), ends=False)
+        reply = await answered([cut, ScriptedReplica(*before, TOLD)], is_stream=True)
+        assert events_of(reply.text)[-1]["error"] == ERROR and reply.text.endswith("data: [DONE]\n\n")
+
+    asyncio.run(story())
+
+
+NONSENSE = (
+    b"data: {nonsense\n\n",
+    b'data: {"meta_info":3}\n\n',
+    b'data: {"meta_info":{"seed":1},"output_ids":3}\n\n',
+    b'data: {"meta_info":' + b"[" * 100_000 + b"\n\n",
+)
+
+
+def test_what_a_replica_answers_that_cannot_be_read_is_asked_elsewhere() -> None:
+    async def story(*pieces: bytes) -> None:
+        good = ScriptedReplica(event([6], 1, **END))
+        reply = await answered([ScriptedReplica(*pieces), good], is_stream=False)
+        assert reply.json()["output_ids"] == [6]
+        cut = ScriptedReplica(event([5], 1), ends=False)
+        reply = await answered([cut, ScriptedReplica(*pieces), good], is_stream=True)
+        ids = [each["output_ids"] for each in events_of(reply.text)]
+        assert ids == ([[5], [6]] if pieces else [[5]])
+
+    for pieces in ((), *((each,) for each in NONSENSE)):
+        asyncio.run(story(*pieces))
+
+
+def test_a_first_part_that_cannot_be_read_ends_with_a_retryable_error() -> None:
+    async def story() -> None:
+        reply = await answered([ScriptedReplica(NONSENSE[1], ends=False), ScriptedReplica()], is_stream=True)
+        assert events_of(reply.text)[-1]["error"]["retryable"] is True
+
+    asyncio.run(story())
+
+
+def test_events_may_be_cut_anywhere() -> None:
+    """A token that came in two pieces is no token that is lost."""
+
+    async def story(num: int) -> None:
+        told = event([5], 1) + event([6], 2)
+        pieces = [told[at : at + num] for at in range(0, len(told), num)]
+        good = ScriptedReplica(event([8], 1, **END))
+        reply = await answered([ScriptedReplica(*pieces, b"data: {", ends=False), good], is_stream=True)
+        assert [each["output_ids"] for each in events_of(reply.text)] == [[5], [6], [8]]
+        assert events_of(reply.text)[-1]["meta_info"]["completion_tokens"] == 3
+
+    for num in (40, 150):
+        asyncio.run(story(num))
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_ranges_of_tokens_name_the_weights_of_all(is_stream: bool) -> None:
+    async def story(last: str) -> list[Any]:
+        first = ScriptedReplica(event([4, 5], 2, version_spans=[["a", 2]], version_epochs=[1]), ends=False)
+        ranges = [{"version": "a", "start": 0, "end": 1}, {"version": last, "start": 1, "end": 3}]
+        spans = {"version_spans": [["a", 1], [last, 2]], "version_epochs": [1, 2]}
+        second = ScriptedReplica(event([6, 7, 8], 3, **spans, **END, weight_versions=ranges))
+        reply = await answered([first, second], is_stream=is_stream)
+        meta = (events_of(reply.text)[-1] if is_stream else reply.json())["meta_info"]
+        return [(each["version"], each["start"], each["end"]) for each in meta["weight_versions"]]
+
+    assert asyncio.run(story("b")) == [("a", 0, 3), ("b", 3, 5)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace.cluster.fence import NO_WEIGHTS, Fence
@@ -104,6 +106,27 @@ def test_a_label_that_was_there_before_proves_nothing() -> None:
         assert await ports_asked(found) == {first.port, second.port}
 
     tell(story, policy="round_robin")
+
+
+@pytest.mark.parametrize("state", ["needs_weights", "poisoned"])
+def test_one_that_says_that_it_has_no_weights_is_behind(state: str) -> None:
+    """Its engine died and was started again, in the same server."""
+
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        first.answers[DISK] = second.answers[DISK] = done("v1")
+        told = json.dumps({"message": "not ready", "weights_state": state}).encode()
+        head = b"HTTP/1.1 503 X\r\nX-Headrace-Instance: one\r\ncontent-length: %d\r\n\r\n"
+        second.raw["/ready"] = head % len(told) + told
+        await found.until(lambda: [each.trouble for each in found.router.replicas] == ["", "not ready"])
+        assert all(each.is_current for each in found.router.replicas)  # there was no update, which it would lack
+        await found.http.post(DISK, json={"model_path": "/x"})
+        await found.until(lambda: [each.is_current for each in found.router.replicas] == [True, False])
+        second.raw.clear()
+        first.weight_version = second.weight_version = "v1"
+        await found.until(lambda: all(each.is_current for each in found.router.replicas))
+
+    tell(story)
 
 
 def test_a_new_process_at_an_old_address_is_not_taken_for_the_old_one() -> None:
@@ -256,3 +279,91 @@ def test_labels_tell_only_where_no_weights_before_had_them() -> None:
     assert fence.held_by_label("b") == 4
     fence.advance("a", ["b"])
     assert fence.held_by_label("a") == NO_WEIGHTS
+
+
+RELABEL, BEGIN = "/headrace/set_weight_version", "/headrace/begin_update"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/update_weight_version", msgspec.json.encode({"new_version": "v2"})),
+        (RELABEL, msgspec.msgpack.encode({"version": "v2"})),
+        (BEGIN, msgspec.msgpack.encode({"version": "v2", "manifest": (), "partial": True, "timeout": 9.0})),
+    ],
+    ids=["label", "label of ours", "some tensors"],
+)
+def test_what_builds_on_the_current_weights_is_for_nobody_where_none_has_them(path: str, body: bytes) -> None:
+    """A replica with older weights does not become current by a label, or by some tensors."""
+
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        takes(first, "v1")
+        second.answers[DISK] = REFUSED
+        assert (await found.http.post(DISK, json={"model_path": "/x"})).json()["failed_replicas"] == ["replica-1"]
+        first.health = 503
+        await found.until_healthy(1)
+        reply = await found.http.post(path, content=body)
+        assert reply.status_code == 503 and "push all of them again" in reply.json()["message"]
+        assert path not in seen_by(second)
+        assert not (await worker(found, 1))["is_current"]
+
+    tell(story, policy="round_robin", wait_timeout=0.2)
+
+
+def test_some_tensors_are_for_those_with_the_current_weights() -> None:
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        takes(first, "v1")
+        second.answers[DISK] = REFUSED
+        await found.http.post(DISK, json={"model_path": "/x"})
+        for is_partial in (True, False):
+            ask = {"version": "v2", "manifest": (), "partial": is_partial, "timeout": 9.0}
+            await found.http.post(BEGIN, content=msgspec.msgpack.encode(ask))
+        assert seen_by(first).count(BEGIN) == 2 and seen_by(second).count(BEGIN) == 1
+
+    tell(story)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        (DISK, msgspec.json.encode({"model_path": "/x"}), done("v1")),
+        (TENSOR, msgspec.json.encode({"serialized_named_tensors": []}), done("v1")),
+        ("/update_weight_version", msgspec.json.encode({"new_version": "v1"}), (200, {"success": True})),
+    ],
+    ids=["disk", "tensor", "label"],
+)
+def test_an_update_whose_client_goes_away_is_carried_out_at_all(path: str, body: bytes, told: tuple[int, Any]) -> None:
+    """Some may have the weights already: the others follow, or leave the rotation."""
+
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        first.answers[path] = second.answers[path] = told
+        second.held[path] = asyncio.Event()
+        asking = asyncio.ensure_future(found.http.post(path, content=body))
+        await found.until(lambda: path in seen_by(second))
+        asking.cancel()
+        await asyncio.sleep(0.2)
+        assert second.num_dropped == 0 and found.router.replicas.fence.number == 0
+        later = asyncio.ensure_future(found.http.post(path, content=body))
+        await asyncio.sleep(0.2)
+        assert seen_by(first).count(path) == 1  # one after the other, or they might end in another order elsewhere
+        second.held[path].set()
+        assert (await later).status_code == 200
+        assert found.router.replicas.fence.number == 2
+        assert all(each.is_current for each in found.router.replicas)
+
+    tell(story)
+
+
+def test_an_update_of_somebody_else_is_not_dropped_by_one_that_meets_it() -> None:
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        first.answers[TENSOR] = 409, {"message": "busy", "retryable": True, "err_type": "UpdateConflictError"}
+        second.answers[TENSOR] = 200, {"success": True, "message": "Bucket taken."}
+        body = {"serialized_named_tensors": ["AA=="], "weight_version": "v1"}
+        assert (await found.http.post(TENSOR, json=body)).json()["failed_replicas"] == ["replica-0"]
+        assert seen_by(first) == [TENSOR]
+
+    tell(story)

@@ -17,6 +17,7 @@ import pytest
 
 from headrace import Engine, serve
 from headrace.cli.main import EXIT_REFUSED, main
+from headrace.compare.by_engine import score_by_engine
 from headrace.compare.gaps import by_place, gap_of, table_of
 from headrace.compare.scores import ScoredTrajectory
 from headrace.compare.trajectories import Trajectory, read_trajectories
@@ -212,7 +213,6 @@ GOOD = {"prompt_ids": [1], "ids": [2, 3], "logprobs": [-1.0, -2.0]}
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "Input data was truncated"),
         ("[1]", "Expected `object`"),
         ('{"prompt_ids": [1], "ids": [2]}', "logprobs"),
         (json.dumps({**GOOD, "logprobs": [-1.0]}), "1 entries for 2 ids"),
@@ -253,6 +253,19 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
             read_trajectories(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_trajectories(tmp_path / "none")
+
+
+def test_a_torn_line_inside_a_file_is_passed_over(tmp_path: Path) -> None:
+    """Who wrote it was killed, and another one went on behind it."""
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD), json.dumps(GOOD)[:-4], json.dumps(GOOD), ""]))
+    assert [each.line for each in read_trajectories(path)] == [1, 3]
+
+
+def test_where_all_are_over_the_context_each_is_said(folder: str) -> None:
+    trajectories = [Trajectory([1] * 5000, [2], [-1.0]), Trajectory([1] * 6000, [2], [-1.0])]
+    scores = score_by_engine(folder, trajectories, 1.0, {**SETTINGS, "inprocess": True}, lambda num: None)
+    assert all("5001" in each.refusal or "6001" in each.refusal for each in scores), scores
 
 
 def test_the_log_of_rollouts_is_read_as_it_is(tmp_path: Path) -> None:

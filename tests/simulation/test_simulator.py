@@ -91,6 +91,13 @@ def test_requests_wait_while_every_replica_is_gone() -> None:
     assert figures.num_failures > 0
 
 
+@pytest.mark.parametrize("mtbf_hours", [1e-12, 1e-300])
+def test_where_nothing_ever_ends_it_is_said(mtbf_hours: float) -> None:
+    with pytest.raises(ConfigError, match="before any answer ends") as caught:
+        simulate(2, mtbf_hours=mtbf_hours, restart_seconds=0.1)
+    assert caught.value.field == "mtbf_hours"
+
+
 def test_a_batch_ahead_hides_training_and_the_tail() -> None:
     _, in_turn = simulate(2, steps=4, train_seconds=0.5)
     simulation, ahead = simulate(2, steps=4, train_seconds=0.5, staleness=1)
