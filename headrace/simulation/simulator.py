@@ -16,7 +16,11 @@ from headrace.simulation.replica_model import ReplicaModel
 from headrace.simulation.rollouts import RolloutSource, SimulatedGroup, SimulatedRollout
 from headrace.simulation.timeline import Timeline
 from headrace.simulation.weight_push import commit_delays, restart_seconds
+from headrace.types.errors import ConfigError
 from headrace.types.request import Delta
+
+_MAX_FAILURES = 1000
+"""Of each replica, on average, without a sample that ends: the run would not end either."""
 
 
 class Simulation:
@@ -39,6 +43,7 @@ class Simulation:
         self.steps: list[StepFigures] = []
         self.cache = OneBigCache(options.page_tokens // options.grain)
         self.num_failures = 0
+        self._num_vain_failures = 0
         self.num_lost_tokens = 0
         self.num_void_tokens = 0
         self._chance = random.Random(options.seed + 2)
@@ -78,6 +83,7 @@ class Simulation:
 
     def _ended(self, replica: ReplicaModel, rollout: SimulatedRollout, delta: Delta) -> None:
         rollout.ended = self.timeline.now
+        self._num_vain_failures = 0
         rollout.num_cached += delta.num_cached_tokens
         rollout.started, first = delta.times
         rollout.first_token = first if rollout.first_token != rollout.first_token else rollout.first_token
@@ -134,6 +140,10 @@ class Simulation:
     def _fail(self, replica: ReplicaModel) -> None:
         """A broken connection is seen at once: what the replica was asked goes to others, at the end of their line."""
         self.num_failures += 1
+        self._num_vain_failures += 1
+        if self._num_vain_failures > _MAX_FAILURES * len(self.replicas):
+            message = f"mtbf_hours is too little: {self._num_vain_failures} failures, and no sample ended meanwhile"
+            raise ConfigError(message, field="mtbf_hours")
         front = self._front_of(replica.number)
         front.lose(replica.number)
         for rollout, num_tokens in replica.die():

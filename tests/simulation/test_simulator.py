@@ -91,6 +91,12 @@ def test_requests_wait_while_every_replica_is_gone() -> None:
     assert figures.num_failures > 0
 
 
+def test_replicas_that_fail_before_a_sample_can_end_end_the_run() -> None:
+    with pytest.raises(ConfigError, match="no sample ended meanwhile") as caught:
+        simulate(1, mtbf_hours=1e-9, restart_seconds=0.1)
+    assert caught.value.field == "mtbf_hours"
+
+
 def test_a_batch_ahead_hides_training_and_the_tail() -> None:
     _, in_turn = simulate(2, steps=4, train_seconds=0.5)
     simulation, ahead = simulate(2, steps=4, train_seconds=0.5, staleness=1)
@@ -150,6 +156,7 @@ def test_a_push_takes_longer_from_one_store_than_by_a_broadcast() -> None:
         ({"shared_tokens": 1000}, "shared_tokens"),
         ({"grain": 3}, "grain"),
         ({"mtbf_hours": 0.0}, "mtbf_hours"),
+        ({"max_output_tokens": 1 << 20}, "max_output_tokens"),
         ({"restart_seconds": -1.0}, "restart_seconds"),
         ({"steps": 0}, "steps"),
         ({"groups": 0}, "groups"),
