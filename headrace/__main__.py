@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
+_BY_SIGNAL = 128
 
 
 def main() -> int:
@@ -26,12 +27,12 @@ def main() -> int:
         from headrace.cli.streams import watch_streams
 
         watch_streams()
-        exit_code = run()
+        exit_code = run(is_process=True)
     except KeyboardInterrupt:
         print("headrace: interrupted", file=sys.stderr)
         exit_code = EXIT_INTERRUPTED
-    if exit_code == EXIT_INTERRUPTED:
-        _leave()
+    if exit_code > _BY_SIGNAL:
+        _leave(exit_code)
     return exit_code
 
 
@@ -45,7 +46,7 @@ def _end_at_once(number: int, frame: object) -> "NoReturn":
 _end_at_once.is_of_start = True  # type: ignore[attr-defined]  # what `headrace.cli.main` knows it by
 
 
-def _leave() -> "NoReturn":
+def _leave(exit_code: int) -> "NoReturn":
     """End now: imports may go on in a thread of a start, and an interpreter that ends under them may hang."""
     import contextlib
     import logging
@@ -56,7 +57,7 @@ def _leave() -> "NoReturn":
         with contextlib.suppress(OSError, ValueError):
             if stream is not None:
                 stream.flush()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(exit_code)
 
 
 def _open_standard_streams() -> None:

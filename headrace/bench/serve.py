@@ -8,29 +8,22 @@ client. Then the same workload offline on the same machine, and the ratio. Both 
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from headrace.bench.engine_setup import EngineSetup, Prepared, flag_words, prepare
+from headrace.bench.engine_setup import EngineSetup, Prepared, prepare
 from headrace.bench.http_load import Load, Loaded
-from headrace.bench.http_wire import TAIL_CHARACTERS, run_client
+from headrace.bench.http_wire import run_client
 from headrace.bench.offline import check_rescoring, measure, whole_settings, workload_report
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
 from headrace.bench.workloads import ScaleChoice, Workload, WorkloadName, make_workload
-from headrace.types.errors import InternalError
-
-_STOP_SECONDS = 30.0
-_POLL_SECONDS = 0.05
+from headrace.client.runtime import START_SECONDS, ServerProcess
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +53,7 @@ def run(options: ServeOptions, on_progress: Callable[[str], None]) -> dict[str, 
             runs=options.runs,
             kept=evenly_spaced(len(workload.prompts), options.num_rescored),
         )
-        loaded = _measure_http(prepared, workload, load, Path(scratch), on_progress)
+        loaded = _measure_http(prepared, workload, load, on_progress)
         offline = measure(prepared, workload, options.style, options.runs, options.num_rescored, on_progress)
         seconds = statistics.median(loaded.seconds)
         scored = [
@@ -81,41 +74,11 @@ def run(options: ServeOptions, on_progress: Callable[[str], None]) -> dict[str, 
         }
 
 
-def _measure_http(
-    prepared: Prepared, workload: Workload, load: Load, scratch: Path, on_progress: Callable[[str], None]
-) -> Loaded:
+def _measure_http(prepared: Prepared, workload: Workload, load: Load, on_progress: Callable[[str], None]) -> Loaded:
     settings = whole_settings(prepared, workload)
     on_progress("starting the server")
-    with _server(prepared.folder, settings, prepared.resolved.engine.start_timeout, scratch / "serve.log") as port:
+    with contextlib.closing(ServerProcess(prepared.folder, settings, ("--log-level", "warning"))) as server:
+        url = server.wait_started(prepared.resolved.engine.start_timeout + START_SECONDS)
         on_progress(f"{len(workload.prompts)} requests at once over HTTP")
-        line = run_client("http_load", msgspec.structs.replace(load, port=port))
+        line = run_client("http_load", msgspec.structs.replace(load, port=int(url.rpartition(":")[2])))
     return msgspec.json.decode(line, type=Loaded)
-
-
-@contextlib.contextmanager
-def _server(folder: Path, settings: dict[str, Any], start_timeout: float, log: Path) -> Iterator[int]:
-    """The port of `headrace serve`, from when it serves until the block ends."""
-    command = [sys.executable, "-m", "headrace", "serve", str(folder), "--port", "0", "--log-json"]
-    with log.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen([*command, *flag_words(settings)], stderr=stderr)
-    try:
-        yield _port(process, log, time.monotonic() + start_timeout)
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _port(process: subprocess.Popen[bytes], log: Path, deadline: float) -> int:
-    """Wait for the log line that says where it serves."""
-    while True:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
-            if line.startswith("{") and line.endswith("}") and (event := json.loads(line))["message"] == "serving":
-                return int(event["url"].rpartition(":")[2])
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise InternalError(f"the server did not start: {text.strip()[-TAIL_CHARACTERS:]}")
-        time.sleep(_POLL_SECONDS)

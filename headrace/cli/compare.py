@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = CompareOptions.from_dict(with_keys(given(arguments, CompareOptions), ("api_key",)))
     if arguments.plot:
-        require_matplotlib("--plot")
+        require_matplotlib("--plot", Path(arguments.plot))
     trajectories = read_trajectories(arguments.trajectories, options.limit)
     settings = given(arguments, EngineConfig, skip=_SET_HERE)
     found = []

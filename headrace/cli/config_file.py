@@ -78,15 +78,25 @@ def _read(path: str, loader: Any, flags: dict[str, str]) -> ConfigFile:
             path, root.start_mark.line + 1, "flags and their values are needed, as in `port: 30000`", "config"
         )
     for key_node, value_node in root.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        line = key_node.start_mark.line + 1
+        key = _value(path, loader, key_node)
         name = key.replace("-", "_") if isinstance(key, str) else None
         if name not in flags:
             near = hint(name, flags).replace("_", "-")
             raise _refusal(path, line, f"{key} is no flag of this command{near}", str(key))
         if flags[name] in values:
             raise _refusal(path, line, f"{key} is given twice, first in line {lines[flags[name]]}", flags[name])
-        values[flags[name]], lines[flags[name]] = loader.construct_object(value_node, deep=True), line
+        values[flags[name]], lines[flags[name]] = _value(path, loader, value_node), line
     return ConfigFile(path, values, lines)
+
+
+def _value(path: str, loader: Any, node: yaml.Node) -> Any:
+    """What a node says. Raises `ConfigError` where it is no value of its type, as a date in a month that there is
+    not."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # whatever the library meets
+        raise _refusal(path, node.start_mark.line + 1, f"no value of its type: {error}; quote it", "config") from None
 
 
 def _refusal(path: str, line: int, message: str, field: str) -> ConfigError:

@@ -1,6 +1,7 @@
 """The `headrace` command. Owns the list of subcommands, exit codes, and how an error looks to a person.
 
-Exit codes: 0 done, 1 our own bug, 2 a wrong argument or anything Headrace refuses, 3 the engine died, 130 interrupted.
+Exit codes: 0 done, 1 our own bug, 2 a wrong argument or anything Headrace refuses, 3 the engine died, 128 + N ended by
+signal N: 130 interrupted, 143 terminated.
 An error is one line on standard error; `--debug` adds the traceback.
 """
 
@@ -25,15 +26,27 @@ EXIT_BUG = 1
 EXIT_REFUSED = 2
 EXIT_DEAD = 3
 EXIT_INTERRUPTED = 130
+_OWN_SIGNALS = ("check", "serve", "router")
+"""Commands that see to signals themselves, or have nothing to end."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (the process's own by default). Returns the exit code."""
+class _Terminated(KeyboardInterrupt):
+    """A signal asks this process to end. It takes the road of Ctrl-C: what is tidied up then is tidied up now."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def main(argv: Sequence[str] | None = None, *, is_process: bool = False) -> int:
+    """Run the command line `argv` (the process's own by default). Returns the exit code. Signals are taken only where
+    the command is all that this process does."""
     arguments = argparse.Namespace(command="", debug=False)
     try:
         arguments = parse(argv)
         check_working_directory()
-        _take_interrupts(arguments.command)
+        if is_process:
+            _take_signals(arguments.command)
         exit_code: int = arguments.run(arguments)
         sys.stdout.flush()
         return exit_code
@@ -41,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments, error.message, EXIT_DEAD)
     except HeadraceError as error:
         return _report(arguments, error.message, EXIT_REFUSED)
+    except _Terminated as error:
+        return _report(arguments, "terminated", error.exit_code)
     except KeyboardInterrupt:
         return _report(arguments, "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -49,17 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments, f"internal error: {type(error).__name__}: {error}", EXIT_BUG)
 
 
-def _take_interrupts(command: str) -> None:
-    """From here on Ctrl-C is a `KeyboardInterrupt`, not the end on the spot that it is while modules are imported.
+def _take_signals(command: str) -> None:
+    """From here on Ctrl-C is a `KeyboardInterrupt`, not the end on the spot that it is while modules are imported, and
+    what else asks a process to end is one too. A signal that was ignored at the start stays so.
 
-    `check` has nothing to end, and imports as it goes. What computes in this process has torch first: it does not
-    survive an exception in the middle of its import.
+    `check` imports as it goes. What computes in this process has torch first: it does not survive an exception in the
+    middle of its import.
     """
-    if command == "check" or not getattr(signal.getsignal(signal.SIGINT), "is_of_start", False):
+    if command == "check":
         return
     if command in ("bench", "demo", "merge"):
         importlib.import_module("torch")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if getattr(signal.getsignal(signal.SIGINT), "is_of_start", False):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if command not in _OWN_SIGNALS and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated(number)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from headrace.cli.owner import Owner
 from headrace.config import EngineConfig
 from headrace.engine import AsyncEngine
 from headrace.engine.core_host import resolve_settings
-from headrace.server.options import ServerOptions, from_keywords
+from headrace.server.options import ServerOptions, check_port, from_keywords
 from headrace.telemetry import LogContext, configure_logging
 from headrace.types.errors import ConfigError, HeadraceError
 from headrace.types.plain_values import hint
@@ -49,6 +49,9 @@ class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True):
     port: int = DEFAULT_PORT
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
+
+    def __post_init__(self) -> None:
+        check_port(self.port)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,10 +141,11 @@ def read_given(arguments: argparse.Namespace, owner: Owner | None = None) -> Giv
         config = EngineConfig.from_dict({"max_core_restarts": DEFAULT_CORE_RESTARTS, **engine})
         server = {**file.of(ServerOptions), **_of(ServerOptions, flags)}
         server_options = ServerOptions.from_dict(with_keys(server))
-    all_given = {**file.values, **flags}
-    fleet = {name: all_given[name] for name in serve_replicas.NAMES if name in all_given}
-    if not config.node_rank:
-        server_options.check_address(process.host)
+        all_given = {**file.values, **flags}
+        fleet = {name: all_given[name] for name in serve_replicas.NAMES if name in all_given}
+        serve_replicas.check_settings(fleet)
+        if not config.node_rank:
+            server_options.check_address(process.host)
     engine.pop("model", None)
     return GivenSettings(process, config, server_options, {**engine, **server}, fleet)
 

@@ -60,6 +60,12 @@ def fleet_options(settings: Mapping[str, Any]) -> FleetOptions:
     return options
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` naming what of `NAMES` no replicas can have, or is there for several alone."""
+    fleet_options(settings)
+    RouterOptions.from_dict({name: settings[name] for name in settings if name in _OWN})
+
+
 def serve_replicas(
     config: EngineConfig,
     settings: Mapping[str, Any],

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     for number in arguments.replicas:
         check_replicas(number, options)
     if arguments.plot:
-        require_matplotlib("--plot")
+        require_matplotlib("--plot", Path(arguments.plot))
     runs = []
     for number in arguments.replicas:
         began = time.perf_counter()

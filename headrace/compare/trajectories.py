@@ -66,7 +66,7 @@ def read_trajectories(path: str | Path, limit: int | None = None) -> list[Trajec
         try:
             trajectory = _decode(line, number)
         except ValueError as error:
-            if number == len(lines) or str(error) == TORN_JSON:
+            if str(error) == TORN_JSON or (number == len(lines) and _is_cut(line, error)):
                 continue
             raise ConfigError(f"{where}, line {number}: {error}", field="trajectories") from None
         if wrong := _problem(trajectory):
@@ -87,6 +87,12 @@ def _decode(line: bytes, number: int) -> Trajectory:
         return msgspec.structs.replace(_decoder.decode(line), line=number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _is_cut(line: bytes, error: ValueError) -> bool:
+    """Whether this is the beginning of a line, not a whole one that is wrong."""
+    is_whole = isinstance(error, msgspec.ValidationError)
+    return not is_whole and not line.rstrip().endswith(b"}")
 
 
 def _problem(found: Trajectory) -> str:

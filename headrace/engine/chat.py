@@ -7,6 +7,7 @@ messages, and how calls are written in a text, is `headrace.text`'s.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from headrace.engine.async_engine import AsyncEngine
 
 Conversations = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
+CALLS_NOT_READ = "tools: calls are not read, the chat template shows no form of them that is known"
 _MAX_RENDERINGS = 4
 """At once, of one call: others want theirs too."""
+logger = logging.getLogger(__name__)
 
 
 class ChatTerms(msgspec.Struct, frozen=True):
@@ -113,6 +116,8 @@ async def expand_chat(engine: AsyncEngine, ask: ChatAsk) -> ExpandedChat:
     """The items of a call, checked. To be called on the engine's loop. Raises `RequestError` naming the field."""
     tokenizer, options = tokenizer_of(engine), dict(ask.options)
     terms = read_terms(tokenizer, ask)
+    if terms.tools and terms.style is None:
+        logger.warning(CALLS_NOT_READ)
     is_added = as_flag(options.pop("add_special_tokens", False), "add_special_tokens")
     returns_errors, refusals = as_flag(options.get("return_errors", False), "return_errors"), dict[int, RequestError]()
     given = conversations(ask.messages)

@@ -14,6 +14,7 @@ from headrace.engine import Engine
 from headrace.engine.tensors import NamedTensors
 from headrace.rl.verl_plugin.translation import launch_of
 from headrace.types.errors import ConfigError, RequestError
+from headrace.types.plain_values import hint
 from headrace.types.weights import UpdateReport
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _DEFAULTS: dict[str, Any] = {
 """Of fields that a rollout config leaves out."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+_READ = (*_SAMPLING, "response_length", "eos_token_id", "pad_token_id", "do_sample", "validate")
 _GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 
 
@@ -91,7 +93,7 @@ class HeadraceRolloutWorker:
 
         In: `input_ids`, `attention_mask`, `position_ids`, int64 [rows, prompt_length], padded on the left. Of
         `meta_info` are read `eos_token_id` (one or several), `pad_token_id`, `do_sample`, `validate`, and as in
-        `sampling` `temperature`, `top_p`, `top_k`, `repetition_penalty`, `response_length`.
+        `sampling` `temperature`, `top_p`, `top_k`, `repetition_penalty`, `response_length`; `sampling` takes no others.
         Out, in the same order: `prompts`; `responses` [rows, response_length], padded on the right; of both together
         `input_ids`, `attention_mask`, `position_ids`; `response_mask`; with `rollout.calculate_log_probs`
         `rollout_log_probs`, float32, 0 where there is no token; for each row `min_global_steps` and `max_global_steps`,
@@ -101,6 +103,9 @@ class HeadraceRolloutWorker:
         """
         import torch
 
+        for name in sampling:
+            if name not in _READ:
+                raise RequestError(f"{name} is not an argument of generate_sequences{hint(name, _READ)}", field=name)
         batch, meta = prompts.batch, {**prompts.meta_info, **sampling}
         length = int(meta.get("response_length") or self._rollout.response_length)
         rows = _unpadded(batch["input_ids"], batch["attention_mask"])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine.chat import ChatTerms, read_terms, reader_of, render, reply_message, tokenizer_of
+from headrace.engine.chat import CALLS_NOT_READ, ChatTerms, read_terms, reader_of, render, reply_message, tokenizer_of
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs, with_top
@@ -62,7 +62,7 @@ class ChatFace:
         body, warnings, conversation = await read_body(request, self._read)
         model = check_model(self._state, body.model)
         if conversation.terms.tools and conversation.terms.style is None:
-            warnings.append("tools: calls are not read, the chat template shows no form of them that is known")
+            warnings.append(CALLS_NOT_READ)
         tokenizer = tokenizer_of(self._state.engine)
         text = await render(tokenizer, *conversation)
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

@@ -137,13 +137,19 @@ def _read_key(path: str, field: str) -> str:
     return key
 
 
+def check_port(port: int) -> int:
+    """A port to listen on, 0 for any. `ConfigError` naming `port`."""
+    number = as_integer(port, "port", ConfigError)
+    if not 0 <= number <= 65535:
+        raise ConfigError(f"port must be in [0, 65535], got {number}", field="port")
+    return number
+
+
 def addresses_of(host: str, port: int = 0) -> list[tuple[Any, ...]]:
     """What `socket.getaddrinfo` says of an address to listen on. `ConfigError` naming `host` or `port`."""
     if not isinstance(host, str):
         raise ConfigError(f"host must be a name or an address, not {type(host).__name__}", field="host")
-    number = as_integer(port, "port", ConfigError)
-    if not 0 <= number <= 65535:
-        raise ConfigError(f"port must be in [0, 65535], got {number}", field="port")
+    number = check_port(port)
     try:
         return list(socket.getaddrinfo(host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
     except (OSError, ValueError) as error:  # a name that nobody knows; text that can be no name

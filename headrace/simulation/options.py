@@ -104,7 +104,10 @@ class SimulationOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("shared_tokens are part of prompt_tokens, and may not be more", field="shared_tokens")
         if self.grain not in GRAINS:
             raise ConfigError(f"grain must be one of {', '.join(map(str, GRAINS))}", field="grain")
-        read_profile(self.profile)
+        most, pool = self.prompt_tokens + self.max_output_tokens, read_profile(self.profile).kv_pool_tokens
+        if most > pool:
+            message = f"prompt_tokens and max_output_tokens are {most} together; the profile's KV pool holds {pool}"
+            raise ConfigError(message, field="max_output_tokens")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SimulationOptions:

@@ -49,7 +49,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
             if not 0 <= getattr(self, name) < 1e18:
-                raise ConfigError(f"{name} must not be negative", field=name)
+                raise ConfigError(f"{name} must be from 0 to 1e18, got {getattr(self, name):g}", field=name)
         if not self.fixed and not self.token:
             raise ConfigError("fixed or token must be more than 0: a step takes time", field="fixed")
         for name in ("max_running_requests", "max_num_batched_tokens", "page_size"):

@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def require_matplotlib(who: str) -> None:
-    """Raise `ConfigError` now rather than after minutes of work when no picture could be drawn."""
+def require_matplotlib(who: str, path: Path | None = None) -> None:
+    """Raise `ConfigError` now rather than after minutes of work when no picture could be drawn, or none written to
+    `path`."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         message = f"{who} draws a picture with matplotlib; install it with: pip install matplotlib"
         raise ConfigError(message, field="matplotlib") from None
+    if path is None:
+        return
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(f"plot {path} must end in one of .{', .'.join(sorted(known))}", field="plot")
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"plot {path} cannot be written: its folder does not exist, or it is one", field="plot")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -65,6 +65,14 @@ WRONG = {
     "page-size: 4\npage_size: 4": "line 3: page_size is given twice, first in line 2",
     "a: [": "line 3: no YAML: expected the node content, but found '<stream end>'",
     "[1]: 2": "line 2: [1] is no flag of this command",
+    "host: 2024-13-45": "line 2: no value of its type: month must be in 1..12; quote it",
+    "page-size: !!int four": "line 2: no value of its type: invalid literal for int() with base 10: 'four'; quote it",
+    "port: 70000": "line 2: port must be in [0, 65535], got 70000",
+    "host: 0.0.0.0": "line 2: host 0.0.0.0 is reachable from outside: set api_key, or insecure to serve everybody",
+    "dp-size: two": "line 2: dp_size: Expected `int`, got `str`",
+    "policy: round_robin": "line 2: policy is for several replicas: give dp_size, too",
+    "dp-size: 2\nwait-timeout: long": "line 3: wait_timeout: Expected `float`, got `str`",
+    "dp-size: 2\nmax-attempts: 2.5": "line 3: max_attempts: Expected `int`, got `float`",
     "page-size: !!python/object:os.system 4": "line 2: no YAML: could not determine a constructor for the tag "
     "'tag:yaml.org,2002:python/object:os.system'",
 }

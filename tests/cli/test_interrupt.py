@@ -84,6 +84,33 @@ def test_a_termination_while_the_core_starts_leaves_none() -> None:
     assert process.returncode != 0 and is_gone(core)
 
 
+TERMINATED = """
+import os, signal, sys
+from headrace.cli import simulate
+
+def run(arguments):
+    try:
+        os.kill(os.getpid(), {number})
+        signal.sigtimedwait([], 5)
+    finally:
+        print("tidied up")
+
+simulate.run = run
+sys.argv = ["headrace", "simulate"]
+from headrace.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_termination_takes_the_road_of_an_interrupt(number: signal.Signals) -> None:
+    """So that what a command started ends, and temporary folders go."""
+    with launch(["-c", TERMINATED.format(number=int(number))]) as process:
+        output, errors = process.communicate(timeout=60)
+    said = "tidied up\n", "headrace simulate: terminated\n"
+    assert (process.returncode, output, errors) == (128 + number, *said)
+
+
 INTERRUPTED_IMPORT = """
 import os, signal, sys
 from importlib.abc import MetaPathFinder

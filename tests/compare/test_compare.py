@@ -197,6 +197,8 @@ def _completions(engine: Engine, style: str) -> type[BaseHTTPRequestHandler]:
         (["--against", "http://127.0.0.1:9", "--temperature", "0.7"], "temperature"),
         (["--against", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--against", "x", "--limit", "0"], "limit"),
+        (["--against", "x", "--plot", "a.bmpx"], "plot a.bmpx must end in"),
+        (["--against", "x", "--plot", "/nowhere/a.png"], "plot /nowhere/a.png cannot be written"),
         (["--against", "x", "--dialect", "sglang", "--api-key-file", "/nowhere"], "api_key_file"),
     ],
 )
@@ -235,6 +237,18 @@ def test_a_bad_line_is_named_by_its_number(line: str | bytes, said: str, tmp_pat
     with pytest.raises(ConfigError, match="line 2") as caught:
         read_trajectories(path)
     assert caught.value.field == "trajectories" and said in caught.value.message
+
+
+def test_only_a_last_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    good, wrong = json.dumps({**GOOD, "more": {"a": {}}}), json.dumps({"prompt_ids": [1], "ids": [2]})
+    for end in range(1, len(good)):
+        path.write_text(f"{good}\n{good[:end]}")
+        assert len(read_trajectories(path)) == 1
+    for last in (wrong, good.replace("-1.0", "NaN")):
+        path.write_text(f"{good}\n{last}")
+        with pytest.raises(ConfigError, match="line 2"):
+            read_trajectories(path)
 
 
 def test_what_a_file_holds(tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ def test_what_ends_early_is_padded(worker: HeadraceRolloutWorker, proto: Any, mo
 
 
 def test_what_is_wrong_is_named(worker: HeadraceRolloutWorker, proto: Any) -> None:
+    with pytest.raises(RequestError, match="n is not an argument of generate_sequences"):
+        worker.generate_sequences(rows_of(proto, PROMPTS), n=4)
+    with pytest.raises(RequestError, match="; temperature is$"):
+        worker.generate_sequences(rows_of(proto, PROMPTS), temprature=0.5)
     rows = rows_of(proto, PROMPTS)
     with pytest.raises(RequestError) as refused:
         worker.generate_sequences(rows, temperature=-1.0)

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from headrace import AsyncEngine, ChatReply, Client, Engine, HeadraceError, RequestError, SamplingParams
+from headrace.engine.chat import CALLS_NOT_READ
 from tests.server.builders import SETTINGS
 from tests.server.conftest import Served
 
@@ -58,6 +59,14 @@ def test_a_conversation_goes_on_with_the_reply(door: Any) -> None:
     more = [*MESSAGES, reply.message, {"role": "tool", "tool_call_id": call_id, "content": "3"}]
     (after,) = door.chat(more, GREEDY, tools=TOOLS)
     assert len(after.prompt_token_ids) > len(reply.prompt_token_ids)
+
+
+def test_tools_whose_calls_cannot_be_read_are_told(
+    scripted: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headrace.engine.chat.tool_call_style", lambda template: None)
+    (reply,) = scripted.engine.chat(MESSAGES, GREEDY, tools=TOOLS)
+    assert "tool_calls" not in reply.message and CALLS_NOT_READ in caplog.messages
 
 
 def test_a_final_message_is_continued(door: Any, scripted: Served) -> None:

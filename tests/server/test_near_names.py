@@ -27,6 +27,8 @@ PYTHON: dict[str, tuple[Callable[[Any], Any], str]] = {
     "keyword": (lambda door: door.generate(input_ids=IDS, max_tokens=4), "max_new_tokens of sampling_params is"),
     "ours, elsewhere": (lambda door: door.generate(input_ids=IDS, top_p=0.5), "it belongs in sampling_params"),
     "option": (lambda door: door.score(input_ids=IDS, top_logprob=2), "top_logprobs is"),
+    "theirs": (lambda door: door.score(input_ids=IDS, token_ids_logprob=[1]), "logprob_token_ids is"),
+    "theirs too": (lambda door: door.score(input_ids=IDS, top_logprobs_num=1), "top_logprobs is"),
     "stream": (lambda door: list(door.stream(input_ids=IDS, return_error=True)), "return_errors is"),
     "chat": (lambda door: door.chat([{"role": "user", "content": "a"}], {"max_tokens": 2}), "max_new_tokens is"),
 }
