@@ -56,7 +56,11 @@ IMPORTS = (
     *(name for name in MODULES if name != "tests.core.device_rank"),  # it imports triton, which others must not have
 )
 SECONDS = 60.0
-_NOT_LOOKED_AT = ("HEADRACE_", "PYTEST_", "TORCHINDUCTOR_CACHE_DIR")
+_NOT_LOOKED_AT = (
+    *("HEADRACE_", "PYTEST_", "TORCHINDUCTOR_CACHE_DIR"),
+    *("NCCL_", "TORCH_NCCL_", "TRITON_CACHE_", "TRITON_STORE_", "FLASHINFER_", "OMP_WAIT_POLICY"),
+)
+"""Of those that Headrace sets in its process, too: read by libraries that no import of the template loads, or late."""
 _PR_SET_CHILD_SUBREAPER = 36
 _FREE_NUMBER = 512  # above all that a start asks for
 _NAME_BYTES = 512

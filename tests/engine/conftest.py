@@ -24,10 +24,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(model_folder: Path) -> Iterator[Engine]:
-    """An in-process engine shared by tests that leave it as it was."""
+def shared_engine(model_folder: Path) -> Iterator[tuple[Engine, dict[str, str]]]:
+    """An in-process engine, and the digest of its weights."""
     with Engine(model_folder, inprocess=True, **SETTINGS) as shared:
-        yield shared
+        yield shared, shared.digest()
+
+
+@pytest.fixture
+def engine(shared_engine: tuple[Engine, dict[str, str]]) -> Iterator[Engine]:
+    """One shared by tests that leave it as it was."""
+    shared, digest = shared_engine
+    yield shared
+    assert shared.digest() == digest, "other weights are left in the engine that tests share"
 
 
 @pytest.fixture

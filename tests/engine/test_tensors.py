@@ -340,7 +340,8 @@ def test_an_iterator_of_any_tensors_that_stay_as_they_are_is_sent() -> None:
     assert len(list(HeldTensors((f"w{number}", tensor) for number, tensor in enumerate(tensors)))) == len(tensors)
 
 
-def test_an_engine_is_not_updated_with_what_an_adapter_left_behind(engine: Engine) -> None:
+def test_an_engine_is_not_updated_with_what_an_adapter_left_behind(start: Callable[..., Engine]) -> None:
+    engine = start()
     before = engine.digest()
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
