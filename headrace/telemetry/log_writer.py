@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 
 MAX_WAITING_BYTES = 1 << 22
@@ -23,6 +24,13 @@ class QueuedHandler(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
+        self._begin()
+        begin = weakref.WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (again := begin()) and again())
+
+    def _begin(self) -> None:
+        """Also in a process that is forked off: it has no thread but the one that forked, and its parent writes what
+        waited."""
         self._changed = threading.Condition()
         self._lines: deque[bytes] = deque()
         self._num_bytes = 0  # that are not written yet

@@ -12,6 +12,7 @@ import pytest
 from headrace.telemetry import LogContext, configure_logging, flush_logs
 from headrace.telemetry.log_writer import MAX_WAITING_BYTES
 from headrace.telemetry.logs import LIBRARIES
+from tests.arch.source import child_environment
 
 
 def test_a_line_names_the_process_and_its_fields() -> None:
@@ -102,3 +103,28 @@ print("done", flush=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "done\n"
         assert process.wait(60) == 0
+
+
+FORKING = """
+import logging, os
+from headrace.telemetry import LogContext, configure_logging, flush_logs
+
+configure_logging(LogContext(role="parent"), level=logging.INFO)
+logger = logging.getLogger("headrace.test")
+logger.info("before")
+flush_logs()
+if not os.fork():
+    logger.info("in the child")
+    flush_logs()
+    os._exit(0)
+os.wait()
+logger.info("after")
+flush_logs()
+"""
+
+
+def test_a_process_that_is_forked_off_logs_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, env=child_environment()
+    )
+    assert [line.rpartition(": ")[2] for line in done.stderr.splitlines()] == ["before", "in the child", "after"]
