@@ -230,6 +230,10 @@ def _become(wanted: Start, descriptors: list[int], told: int) -> None:
         if wanted.has_own_session:
             os.setsid()
         _take(wanted.numbers, descriptors, told)
+        for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+            stream = open(number, mode, buffering=1 if name == "stderr" else -1, closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         os.chdir(wanted.folder)
         os.environ.clear()
         os.environ.update(wanted.environment)
