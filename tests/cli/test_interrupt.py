@@ -34,8 +34,8 @@ AT_ONCE = 5.0
 
 
 def launch(words: list[str]) -> subprocess.Popen[str]:
-    """The interpreter, hearing interrupts also where the tests run in the background of a shell that ignores them."""
-    hearing = ["env", "--default-signal=INT", sys.executable]
+    """The interpreter, hearing signals also where whoever runs the tests ignores them, as nohup does."""
+    hearing = ["env", "--default-signal=INT,HUP,TERM", sys.executable]
     return subprocess.Popen(
         [*hearing, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
     )
