@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headrace.config import EngineConfig
+from headrace.engine.requests import GenerateOptions
 from headrace.types import plain_values
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import hint, meant_by
@@ -33,7 +34,7 @@ def test_a_name_of_others_counts_only_where_ours_is_known() -> None:
 
 
 def test_what_others_names_mean_is_there() -> None:
-    ours = {*EngineConfig.__struct_fields__, *SamplingParams.__struct_fields__}
+    ours = {*EngineConfig.__struct_fields__, *SamplingParams.__struct_fields__, *GenerateOptions.__annotations__}
     elsewhere = plain_values._NAMES_ELSEWHERE
     assert set(elsewhere.values()) <= ours
     assert not ours & elsewhere.keys()
