@@ -26,8 +26,8 @@ EXIT_BUG = 1
 EXIT_REFUSED = 2
 EXIT_DEAD = 3
 EXIT_INTERRUPTED = 130
-_OWN_SIGNALS = ("check", "serve", "router")
-"""Commands that see to signals themselves, or have nothing to end."""
+_OWN_SIGNALS = ("serve", "router")
+"""Commands that see to signals themselves."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -68,8 +68,8 @@ def _take_signals(command: str) -> None:
     """From here on Ctrl-C is a `KeyboardInterrupt`, not the end on the spot that it is while modules are imported, and
     what else asks a process to end is one too. A signal that was ignored at the start stays so.
 
-    `check` imports as it goes. What computes in this process has torch first: it does not survive an exception in the
-    middle of its import.
+    `check` has nothing to end, and imports as it goes. What computes in this process has torch first: it does not
+    survive an exception in the middle of its import.
     """
     if command == "check":
         return

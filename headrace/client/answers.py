@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import UnavailableError, UnreachableError
 from headrace.types.http import LENGTH_BYTES, StreamPart
 
@@ -18,7 +19,7 @@ def read(body: bytes | bytearray, kind: type[Result]) -> Result:
     """A result. `UnavailableError` for what no server of this version answers."""
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise UnavailableError(f"the server's answer cannot be read: {error}", field="url") from None
 
 

@@ -21,6 +21,7 @@ import httpx
 import msgspec
 
 from headrace.engine.calls import outlast
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import (
     ConfigError,
     DeadlineError,
@@ -278,7 +279,7 @@ def _raise_for(call: HttpCall, status: int, body: bytes | bytearray) -> None:
         return
     try:
         told = msgspec.json.decode(body, type=_ErrorBody)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except DECODE_ERRORS:
         told = _ErrorBody()
     message = told.message or f"{call.name}: the server answered {status}"
     if told.err_type:

@@ -52,10 +52,10 @@ async def exchange_whole(
     async with upstream.connection(fresh=True, is_data=False) as connection:
         connection.send(head, body)
         answer = await connection.read_head()
-        parts, size = [], answer.body_size or 0
-        while size <= max_bytes and (part := await connection.read_part()):
+        parts, num_bytes, announced = [], 0, answer.body_size or 0
+        while max(num_bytes, announced) <= max_bytes and (part := await connection.read_part()):
             parts.append(part)
-            size = max(size, sum(map(len, parts)))
-        if size > max_bytes:
+            num_bytes += len(part)
+        if max(num_bytes, announced) > max_bytes:
             raise BrokenAnswerError(f"its answer has over {max_bytes} bytes", had_begun=True)
         return answer, b"".join(parts)

@@ -95,7 +95,8 @@ class Resumption:
         """Bytes of the answer, cut anywhere. Returns what the client is to have of it by now; None: the replica's
         engine has died. Raises `UnreadableAnswerError`."""
         data = self._rest + data
-        end = data.rfind(_GAP) + len(_GAP) if _GAP in data else 0
+        found = data.rfind(_GAP)
+        end = 0 if found < 0 else found + len(_GAP)
         part, self._rest = data[:end], data[end:]
         if RETRYABLE_MARK in part:
             return None

@@ -68,9 +68,10 @@ class WeightUpdates:
     @property
     def replicas(self) -> list[RemoteReplica]:
         """Those that an update which begins now goes to. `UnreachableError` if there is none."""
-        if not self.taking_part:
+        taking_part = self.taking_part
+        if not taking_part:
             raise UnreachableError("no replica is healthy: GET /workers says why")
-        return self.taking_part
+        return taking_part
 
     @property
     def taking_part(self) -> list[RemoteReplica]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -125,7 +124,7 @@ def build_executor(
         meeting = kind if isinstance(kind, Meeting) else None
         ranks = _build_ranks(resolved, meeting, on_progress, shares_process=shares_process)
         return ranks, ranks.resolved
-    with contextlib.nullcontext() if shares_process else uncollected():
+    with uncollected(shares_process=shares_process):
         from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
     executor = LocalExecutor(build_runner(resolved, on_progress, shares_process=shares_process))
@@ -150,7 +149,7 @@ def _build_ranks(
         if meeting is not None:
             meeting.close()
         raise
-    with contextlib.nullcontext() if shares_process else uncollected():
+    with uncollected(shares_process=shares_process):
         from headrace.core.rank_start import start_ranks
         from headrace.runner import build_runner
 

@@ -51,8 +51,8 @@ class HeadraceRolloutWorker:
         if role != "rollout":
             raise ConfigError(f"role {role!r}: this worker samples and scores, it does not train", field="role")
         rollout = _mapping(config, "rollout")
-        self._model_path = str(_mapping(config, "model").get("path") or "")
-        if not self._model_path:
+        path = str(_mapping(config, "model").get("path") or "")
+        if not path:
             raise ConfigError("model.path is missing", field="model.path")
         for name in ("prompt_length", "response_length"):
             if not isinstance(rollout.get(name), int):
@@ -61,7 +61,7 @@ class HeadraceRolloutWorker:
         # Older configs say what the dummy weights wait for, or which files are read: "dummy_dtensor", "safetensors".
         if (form := str(self._rollout.load_format)) not in ("auto", "dummy"):
             self._rollout.load_format = "dummy" if form.startswith("dummy") else "auto"
-        self._launch = launch_of(self._rollout, self._model_path, "hybrid", 0)
+        self._launch = launch_of(self._rollout, path, "hybrid", 0)
         self._engine: Engine | None = None
 
     @property

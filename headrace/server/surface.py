@@ -21,6 +21,7 @@ from headrace.engine.chat import expand_chat
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import CallArguments
 from headrace.engine.stream import StreamGroup, cancel_all, whole_samples
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.auth import Access
 from headrace.server.coerce import MediaTypeError
 from headrace.server.errors import shown
@@ -149,7 +150,7 @@ def unpack(raw: bytes | memoryview, kind: type[Ask]) -> Ask:
     except msgspec.ValidationError as error:
         reason, field = invalid_part(error)
         raise RequestError(f"{field}: {reason}", field=field) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise RequestError(f"body is no MessagePack: {error}", field="body") from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import ConfigError
 from headrace.types.plain_values import as_path, hint
 
@@ -128,5 +129,5 @@ def _read_file(path: Path) -> DeviceProfile:
         return msgspec.json.decode(path.read_bytes(), type=DeviceProfile)
     except OSError as error:
         raise ConfigError(f"profile {path} cannot be read: {error.strerror}", field="profile") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise ConfigError(f"profile {path}: {error}", field="profile") from None
