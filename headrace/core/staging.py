@@ -66,10 +66,7 @@ class StageJob:
                 if copy.has_written:
                     self._machine.note_write(self._session_id)
             if is_done:
-                if not indices:
-                    self._machine.require(self._session_id).touch(now)
-                for index in indices:
-                    self._machine.mark_staged(self._session_id, index, now)
+                self._machine.mark_staged(self._session_id, indices, now)
                 self._current = None
             if not is_done or time.perf_counter() >= stop_at:
                 return False
@@ -87,28 +84,29 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
 
     Raises `UpdateConflictError`, `WeightUpdateError` or `RequestError` naming what is wrong; nothing is held then.
     """
-    staged = machine.require(command.session_id).staged
-    sizes: list[int] = []
+    session = machine.require(command.session_id)
+    session.touch(now)
+    places: list[tuple[int, int, int, int | None, bool, bool]] = []  # index, offset, size; start, is_last, replaces
     buffer_size = command.buffer.size
     for entry in command.entries:
-        info = machine.check_stage(command.session_id, entry.index, now, replaces=entry.replaces)
+        index, offset, start, size, replaces = entry.index, entry.offset, entry.start, entry.num_bytes, entry.replaces
+        info = session.staged.check(index, replaces=replaces)
         total = info.num_bytes
-        size = total - entry.start if entry.num_bytes is None else entry.num_bytes
-        if not (entry.start >= 0 and 0 <= size <= total - entry.start):
-            raise WeightUpdateError(f"{info.name}: the piece at {entry.start} is not inside it", field=info.name)
-        if not 0 <= entry.offset <= buffer_size - size:
-            raise WeightUpdateError(f"{info.name} at offset {entry.offset} is not inside its buffer", field=info.name)
-        sizes.append(size)
+        size = total - start if size is None else size
+        if not (start >= 0 and 0 <= size <= total - start):
+            raise WeightUpdateError(f"{info.name}: the piece at {start} is not inside it", field=info.name)
+        if not 0 <= offset <= buffer_size - size:
+            raise WeightUpdateError(f"{info.name} at offset {offset} is not inside its buffer", field=info.name)
+        whole = size == total
+        places.append((index, offset, size, None if whole else start, start + size == total, replaces and not start))
     if len({(entry.index, entry.start) for entry in command.entries}) != len(command.entries):
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
     buffer = machine.open_buffer(command.buffer)
 
     def pieces() -> Iterator[StagePiece]:
-        for entry, size in zip(command.entries, sizes, strict=True):
-            total = staged.manifest[entry.index].num_bytes
-            start, is_last = None if size == total else entry.start, entry.start + size == total
-            data, replaces = buffer.part(entry.offset, size), entry.replaces and not entry.start
-            yield StagePiece(entry.index, data, start, is_last, replaces)
+        part = buffer.part
+        for index, offset, size, start, is_last, replaces in places:
+            yield StagePiece(index, part(offset, size), start, is_last, replaces)
 
     copies = machine.stage_pieces(command.session_id, pieces())
     return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -117,21 +119,25 @@ def handle_of(base: int) -> bytes:
 
 
 class BytesAt:
-    """Bytes that `device` reads at an address, and are nobody's here. torch hears of them only where it is to: most
-    are moved by a kernel of ours, and to make a tensor takes as long as all else that is done with them."""
+    """Bytes that `device` reads `offset` into memory, and are nobody's here. torch hears of them only where it is to:
+    most are moved by a kernel of ours, and to make a tensor takes as long as all else that is done with them.
 
-    __slots__ = ("address", "device", "nbytes")
+    `mapped` is another process's memory, which a thread maps meanwhile: waited for only where an address is asked for,
+    which raises `UnavailableError` if there is none. None: `offset` is an address of this process.
+    """
 
-    def __init__(self, address: int, nbytes: int, device: torch.device) -> None:
-        self.address, self.nbytes, self.device = address, nbytes, device
+    __slots__ = ("_mapped", "_offset", "device", "nbytes")
+
+    def __init__(self, mapped: Future[MappedMemory] | None, offset: int, nbytes: int, device: torch.device) -> None:
+        self._mapped, self._offset, self.nbytes, self.device = mapped, offset, nbytes, device
 
     def data_ptr(self) -> int:
         """As a tensor's."""
-        return self.address
+        return self._offset if self._mapped is None else self._mapped.result().address + self._offset
 
     def view(self, dtype: torch.dtype) -> torch.Tensor:
         """As a tensor's that is flat."""
-        return bytes_at(self.address, self.nbytes, self.device).view(dtype)
+        return bytes_at(self.data_ptr(), self.nbytes, self.device).view(dtype)
 
 
 class MappedMemory:
@@ -141,9 +147,7 @@ class MappedMemory:
     def __init__(self, area: DeviceArea) -> None:
         """Raises `UnavailableError` if the owner is gone, or the driver does not map it for the thread's device."""
         base, handle = ctypes.c_ulonglong(), _Handle.from_buffer_copy(area.handle)
-        open_handle = cuda_driver().cuIpcOpenMemHandle_v2
-        open_handle.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)  # the handle itself, not its address
-        _check(open_handle(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
+        _check(_open_handle()(ctypes.byref(base), handle, _LAZY_PEER_ACCESS), "map another's memory")
         self._base = base.value
         self.address = self._base + area.offset
 
@@ -152,6 +156,14 @@ class MappedMemory:
         base, self._base = self._base, 0
         if base:
             _check(cuda_driver().cuIpcCloseMemHandle(ctypes.c_ulonglong(base)), "unmap another's memory")
+
+
+@functools.cache
+def _open_handle() -> Any:
+    """The driver's function, told that it takes a handle itself, not its address."""
+    function = cuda_driver().cuIpcOpenMemHandle_v2
+    function.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)
+    return function
 
 
 def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:

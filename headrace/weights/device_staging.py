@@ -14,7 +14,10 @@ import torch
 
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
-from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, row_blocks
+from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, dtype_name, row_blocks
+
+Place = tuple[int, ...]
+"""Of memory, as a kernel that moves rows is told of it: address, first element, number of them, exponent, size."""
 
 SLICE_BYTES = 1 << 30
 """Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
@@ -52,10 +55,19 @@ class ArrivingPiece(NamedTuple):
 
 class WholeTarget(NamedTuple):
     """Where a tensor goes that comes whole, on the device and in the dtype of a parameter, and lies there in its own
-    order: nothing is to be known of it but its bytes."""
+    order: nothing is to be known of it but its bytes. `place` is what a kernel is told of it (`place_of`)."""
 
     memory: torch.Tensor
+    place: Place
+    dtype: str
     is_live: bool
+
+
+def target_in(memory: torch.Tensor, *, is_live: bool) -> WholeTarget:
+    """All of this memory, contiguous."""
+    from headrace.kernels.triton.weight_pieces import place_of
+
+    return WholeTarget(memory, place_of(memory), dtype_name(memory.dtype), is_live)
 
 
 class DeviceCopies:
@@ -66,7 +78,7 @@ class DeviceCopies:
     from must be left alone until then, also by who gives up. `before_write` raises if the update is over.
 
     A piece has a `target`, if it is a whole tensor that is only to be moved: then `take` is called with its index and
-    its row of results once it is there, with sums where there `are_digests`. Else it is to `arrive`.
+    its row of results once it is there, if it is not finite or there `are_digests`. Else it is to `arrive`.
     """
 
     def __init__(
@@ -129,6 +141,7 @@ class DeviceCopies:
             self._next = next(self._pieces, None)
         if not part.num_pieces:
             return False
+        part.locate()
         self._before_write()
         self.has_written |= part.is_live
         with self._side.enqueuing():
@@ -142,6 +155,7 @@ class _Slice:
     """Pieces of different tensors, by index, whose copies are enqueued together."""
 
     copied: Enqueued
+    _are_digests: bool
     _results: torch.Tensor
 
     def __init__(self) -> None:
@@ -149,14 +163,15 @@ class _Slice:
         self.num_pieces, self._num_bytes = 0, 0
         self.arriving: dict[int, ArrivingPiece] = {}
         self._whole: list[int] = []
-        self._moved: list[tuple[StagePiece, torch.Tensor]] = []
+        self._moved: list[tuple[StagePiece, WholeTarget]] = []
+        self._addresses: list[int] = []  # of what is moved
         self._checks: list[tuple[int, ArrivingPiece]] = []
         self._unhashed: deque[tuple[Any, torch.Tensor]] = deque()
         self._sums: list[tuple[int, PositionSum, int]] = []
 
     def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
         """One that is only moved: it has a row of results."""
-        self._moved.append((piece, target.memory))
+        self._moved.append((piece, target))
         self._count(piece, is_live=target.is_live)
 
     def add(self, arriving: ArrivingPiece, piece: StagePiece) -> None:
@@ -176,11 +191,16 @@ class _Slice:
         limit = LIVE_SLICE_BYTES if self.is_live else SLICE_BYTES
         return self._num_bytes >= limit or self.num_pieces >= MAX_SLICE_PIECES
 
+    def locate(self) -> None:
+        """Wait until all that is moved is mapped. The last first: who maps is woken for once, not for each."""
+        self._addresses = [piece.data.data_ptr() for piece, _ in reversed(self._moved)][::-1]
+
     def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
         """Copy all, and reckon what is to be known of them: a row of results for each that is moved, then others."""
-        from headrace.kernels.triton.weight_pieces import move_rows, row_of, row_of_memory
+        from headrace.kernels.triton.weight_pieces import Row, move_rows, row_of
 
-        rows = [row_of_memory(piece.data.data_ptr(), memory) for piece, memory in self._moved]
+        moved = zip(self._addresses, self._moved, strict=True)
+        rows: list[Row] = [(address, *target.place) for address, (_, target) in moved]
         pairs, blocks = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
         copied: list[tuple[int, ArrivingPiece, torch.Tensor]] = []
         for piece in self.arriving.values():
@@ -218,6 +238,7 @@ class _Slice:
                     self._sums.append((len(rows), total, times))
                     rows.append(row_of(counted, None, place.start))
         found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))
+        self._are_digests = are_digests
         self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
         self._results.copy_(found, non_blocking=True)
 
@@ -234,7 +255,8 @@ class _Slice:
         """The device has done it: the indices of the tensors that are whole."""
         results = self._results.tolist()
         for (moved, _), result in zip(self._moved, results, strict=False):
-            take(moved.index, result)
+            if self._are_digests or result[2]:
+                take(moved.index, result)
         for row, piece in self._checks:
             if results[row][2] and piece.refuse is not None:
                 piece.refuse(piece.arrival.destination.dtype)

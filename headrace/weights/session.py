@@ -341,11 +341,12 @@ class WeightMachine:
         session = self.require(session_id)
         session.has_written = session.has_written or session.mode == "inplace"
 
-    def mark_staged(self, session_id: int, index: int, now: float) -> None:
-        """The tensor at `index` is whole. Raises as `check_stage`."""
+    def mark_staged(self, session_id: int, indices: Iterable[int], now: float) -> None:
+        """The tensors at `indices` are whole. Raises as `check_stage`."""
         session = self.require(session_id)
         session.touch(now)
-        session.staged.mark(index)
+        for index in indices:
+            session.staged.mark(index)
 
     def commit(self, session_id: int) -> bool:
         """Make the staged weights live: READY, new version, new epoch. False while the memory is at it: ask again.

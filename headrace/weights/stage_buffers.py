@@ -41,7 +41,8 @@ class DeviceBuffers:
         """A buffer. Raises `RequestError` or `UnavailableError`."""
         if isinstance(ref, BufferRef):
             return Opened(self._pin(ref), self._settle)
-        return Opened(AreaBytes(ref.areas, [self._map(area) for area in ref.areas], self._device), self._settle)
+        self._map(ref.areas)
+        return Opened(AreaBytes(ref.areas, [self._mapped.get(area) for area in ref.areas], self._device), self._settle)
 
     def close(self) -> None:
         """The update is over: nothing reads what it brought."""
@@ -70,15 +71,14 @@ class DeviceBuffers:
         if self._mapper is not None:
             self._mapper.shutdown()
 
-    def _map(self, area: DeviceArea) -> Future[MappedMemory] | None:
-        """None: it is memory of this process."""
-        if not area.handle:
-            return None
-        if area not in self._mapped:
+    def _map(self, areas: Sequence[DeviceArea]) -> None:
+        """Begin to map what is not: all but memory of this process."""
+        fresh = {area: Future[MappedMemory]() for area in areas if area.handle and area not in self._mapped}
+        if fresh:
             if self._mapper is None:
                 self._mapper = ThreadPoolExecutor(1, "headrace-map", initializer=same_context())
-            self._mapped[area] = self._mapper.submit(MappedMemory, area)
-        return self._mapped[area]
+            self._mapped |= fresh
+            self._mapper.submit(_map_all, fresh)
 
     def _pin(self, ref: BufferRef) -> PinnedMemory:
         shared = SharedBuffer.open(ref, writable=True)  # what is mapped to be read alone cannot be pinned
@@ -88,6 +88,16 @@ class DeviceBuffers:
             self._pinned[shared.file] = PinnedMemory(shared)
         self._used.add(shared.file)
         return self._pinned[shared.file]
+
+
+def _map_all(areas: dict[DeviceArea, Future[MappedMemory]]) -> None:
+    """One after the other, in one go: between two of them nobody else needs the interpreter."""
+    for area, mapped in areas.items():
+        if mapped.set_running_or_notify_cancel():
+            try:
+                mapped.set_result(MappedMemory(area))
+            except BaseException as error:  # whatever it is, who asks for the area gets it
+                mapped.set_exception(error)
 
 
 class Opened:
@@ -114,16 +124,13 @@ class AreaBytes:
         self._ends = list(accumulate(area.size for area in areas))
 
     def part(self, offset: int, size: int) -> BytesAt:
-        """These bytes, as soon as they are mapped. Raises `RequestError` if they are not in one area, and
-        `UnavailableError` if that cannot be mapped."""
+        """These bytes. Raises `RequestError` if they are not in one area."""
         number = min(bisect_right(self._ends, offset), len(self._areas) - 1)
         area, end = self._areas[number], self._ends[number]
         if offset + size > end:
             raise RequestError(f"bytes {offset} to {offset + size} of a buffer are not in one area", field="buffer")
-        start = offset - (end - area.size)
-        mapped = self._mapped[number]
-        address = area.offset if mapped is None else mapped.result().address
-        return BytesAt(address + start, size, self._device)
+        start, mapped = offset - (end - area.size), self._mapped[number]
+        return BytesAt(mapped, start + (area.offset if mapped is None else 0), size, self._device)
 
 
 class PinnedMemory:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.device_staging import WholeTarget
-from headrace.weights.memory import ResolvedMode, StagePiece
+from headrace.weights.device_staging import WholeTarget, target_in
+from headrace.weights.memory import ResolvedMode
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, digest_of
-from headrace.weights.region import Region
 from headrace.weights.shadow import Memories
-from headrace.weights.staging import TORCH_DTYPES, Arrival, dtype_name, not_finite
+from headrace.weights.staging import TORCH_DTYPES, Arrival, not_finite
 from headrace.weights.weight_map import ManifestPlan
 
 
@@ -65,16 +64,15 @@ class Transaction:
         """What arrives is held against digests."""
         return any(info.digest for info in self.manifest)
 
-    def whole_target(self, piece: StagePiece, live: Region) -> WholeTarget | None:
+    def whole_target(self, index: int, live: WholeTarget) -> WholeTarget | None:
         """Where a whole tensor of this device is only to be moved; None: more is to be done with it."""
-        info = self.manifest[piece.index]
-        has_sum = not info.digest if self._is_shard else len(info.digest) <= DIGEST_LENGTH
-        is_known = piece.start is None and has_sum and info.name not in self.compared
-        if not is_known or live.flat is None or not live.is_plain or info.dtype != dtype_name(live.dtype):
+        info = self.manifest[index]
+        if info.dtype != live.dtype or info.name in self.compared:
             return None
-        self.arrivals.pop(piece.index, None)
-        is_live = self.mode == "inplace"
-        return WholeTarget(live.flat if is_live else self.shadow[info.name][0], is_live=is_live)
+        if info.digest and (self._is_shard or len(info.digest) > DIGEST_LENGTH):
+            return None
+        self.arrivals.pop(index, None)
+        return live if self.mode == "inplace" else target_in(self.shadow[info.name][0], is_live=False)
 
     def take_moved(self, index: int, result: Sequence[int], *, check_finite: bool) -> None:
         """A tensor that was only moved is there. `WeightUpdateError` naming it if it is not what it is to be."""

@@ -45,7 +45,7 @@ def stage_all(machine: WeightMachine, session_id: int, now: float = 0.0) -> None
     for index in range(len(MANIFEST)):
         machine.check_stage(session_id, index, now)
         machine.note_write(session_id)
-        machine.mark_staged(session_id, index, now)
+        machine.mark_staged(session_id, [index], now)
 
 
 def test_a_commit_gives_the_new_version_and_an_epoch_even_for_the_same_label() -> None:
@@ -77,7 +77,7 @@ def test_session_ids_are_never_reused_and_stale_ones_are_conflicts() -> None:
     for command in (
         lambda: machine.check_stage(first, 0, 0.0),
         lambda: machine.note_write(first),
-        lambda: machine.mark_staged(first, 0, 0.0),
+        lambda: machine.mark_staged(first, [0], 0.0),
         lambda: machine.stage(first, 0, b""),
         lambda: machine.commit(first),
         lambda: machine.abort(first),
@@ -147,7 +147,7 @@ def test_the_deadline_counts_from_the_last_command() -> None:
     assert expire(machine, 9.9) is None
     machine.check_stage(session_id, 0, 5.0)
     assert expire(machine, 14.9) is None
-    machine.mark_staged(session_id, 0, 12.0)
+    machine.mark_staged(session_id, [0], 12.0)
     assert expire(machine, 21.9) is None
     machine.require(session_id).touch(20.0)
     assert expire(machine, 29.9) is None
@@ -162,8 +162,8 @@ def test_the_deadline_counts_from_the_last_command() -> None:
 def test_a_stage_is_counted_once_and_a_commit_names_the_rest() -> None:
     machine = WeightMachine(FreeWeights())
     session_id = begin(machine)
-    machine.mark_staged(session_id, 1, 0.0)
-    for command in (machine.check_stage, machine.mark_staged):
+    machine.mark_staged(session_id, [1], 0.0)
+    for command in (machine.check_stage, lambda at, index, now: machine.mark_staged(at, [index], now)):
         with pytest.raises(WeightUpdateError, match="b was staged twice"):
             command(session_id, 1, 0.0)
         for index in (-1, 3):
@@ -301,7 +301,7 @@ def play_stage(machine: WeightMachine, model: Model, session_id: int, index: int
     machine.note_write(session_id)
     session["wrote"] = bool(session["wrote"]) or session["mode"] == "inplace"
     if not interrupted:
-        machine.mark_staged(session_id, index, 0.0)
+        machine.mark_staged(session_id, [index], 0.0)
         staged.add(index)
 
 
@@ -391,4 +391,4 @@ def stage_one(machine: WeightMachine, tensors: Tensors, index: int) -> None:
     machine.note_write(session_id)
     while not work.advance(0.0):
         pass
-    machine.mark_staged(session_id, index, 0.0)
+    machine.mark_staged(session_id, [index], 0.0)

@@ -84,9 +84,9 @@ def test_what_an_update_has_mapped_is_let_go_of_after_it_in_slices(cudart: Cudar
     buffers = DeviceBuffers(CPU, lambda: None)
     assert not buffers.let_go(0.0)
     buffer = buffers.open(DeviceRef((ONE, DeviceArea(b"0", 0, 4), OTHER)))
-    buffer.part(12, 1)
+    buffer.part(12, 1).data_ptr()
     with pytest.raises(UnavailableError, match="gone"):
-        buffer.part(8, 1)
+        buffer.part(8, 1).data_ptr()
     buffer.close()
     assert not buffers.let_go(math.inf) and Mapped.closed == []
     buffers.close()
@@ -108,14 +108,14 @@ def test_what_is_not_mapped_yet_when_the_update_ends_never_is(cudart: Cudart, mo
     buffers.close()
     buffers.let_go(math.inf)
     assert Mapped.closed == Mapped.open and len(Mapped.open) <= 2
-    buffers.open(DeviceRef((OTHER,))).part(0, 1)
+    buffers.open(DeviceRef((OTHER,))).part(0, 1).data_ptr()
     assert Mapped.open[-1] == OTHER
 
 
 def test_at_the_end_nothing_is_left(cudart: Cudart) -> None:
     before = set(threading.enumerate())
     buffers = DeviceBuffers(CPU, lambda: None)
-    buffers.open(DeviceRef((ONE, OTHER))).part(8, 1)
+    buffers.open(DeviceRef((ONE, OTHER))).part(8, 1).data_ptr()
     with SharedBuffer.create(16) as shared:
         buffers.open(shared.ref)
         buffers.end()

@@ -159,7 +159,7 @@ class DrivenWork:
             if self.has_written and is_open:
                 self._machine.note_write(self._session_id)
         if self._is_done and self._is_last:
-            self._machine.mark_staged(self._session_id, self._index, 0.0)
+            self._machine.mark_staged(self._session_id, [self._index], 0.0)
         return self._is_done
 
 
