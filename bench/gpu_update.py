@@ -34,7 +34,7 @@ import torch
 
 from headrace import Engine
 from headrace.bench.models import write_config
-from headrace.engine.tensors import HeldTensors
+from headrace.engine.held_tensors import HeldTensors
 from headrace.engine.update import Updater
 from headrace.models import weight_map
 from headrace.types.weights import TensorInfo

@@ -25,10 +25,11 @@ from headrace.client.transport import HttpAnswer, HttpCall, LoopTransport, Trans
 from headrace.client.uploads import Uploads
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, seconds_of, tags_of, terms_of, terms_of_part, version_of
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of
+from headrace.engine.held_tensors import HeldTensors
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.rewards import checked_rewards
 from headrace.engine.saving import DEFAULT_SAVE_TIMEOUT, DEFAULT_SHARD_BYTES
-from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
+from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update_session import Manifest, UpdateSession, check_session, manifest_of
 from headrace.telemetry import Rewards
 from headrace.types.errors import DeadlineError, HeadraceError, RequestError, UnavailableError, UnreachableError

@@ -14,7 +14,7 @@ import msgspec
 from headrace.client.asks import message_body
 from headrace.client.uploads import Ask, Uploads
 from headrace.engine.control import UpdateTerms
-from headrace.engine.tensors import HeldTensors
+from headrace.engine.held_tensors import HeldTensors
 from headrace.engine.update_session import UpdateSession
 from headrace.types.errors import UpdateConflictError
 from headrace.types.http import BEGIN_TOKEN_BYTES, MESSAGE_TYPE, AbortAsk, JoinAsk, PartJoined, SettleAsk

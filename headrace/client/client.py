@@ -11,9 +11,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.client.async_client import DEFAULT_TIMEOUT, AsyncClient
 from headrace.client.transport import BlockingTransport, check_url
+from headrace.engine.calls import run_here
 from headrace.engine.fields import InputIds, Prompts, Sampling
 from headrace.engine.requests import GenerateOptions
-from headrace.engine.update import run_here
 from headrace.types.generation import Generation
 
 Parameters = ParamSpec("Parameters")

@@ -141,7 +141,7 @@ class LoopTransport:
 
 
 class BlockingTransport:
-    """Blocks. Its coroutines never wait (`headrace.engine.update.run_here`), and may be run in any thread."""
+    """Blocks. Its coroutines never wait (`headrace.engine.calls.run_here`), and may be run in any thread."""
 
     def __init__(self, url: str) -> None:
         self._make = functools.partial(httpx.Client, base_url=url, trust_env=False, limits=_LIMITS)

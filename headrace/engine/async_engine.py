@@ -21,12 +21,13 @@ from headrace.engine.control import (
     version_of,
 )
 from headrace.engine.fields import InputIds, Prompts, Sampling, name_of, reading_cost
+from headrace.engine.held_tensors import HeldTensors
 from headrace.engine.lifecycle import EngineLifecycle
 from headrace.engine.reading import read_weight
 from headrace.engine.requests import CallArguments, GenerateItem, GenerateOptions
 from headrace.engine.runtime import Undoable
 from headrace.engine.stream import Stream, StreamGroup, cancel_all, whole_samples
-from headrace.engine.tensors import HeldTensors, NamedTensors, to_tensor
+from headrace.engine.tensors import NamedTensors, to_tensor
 from headrace.engine.update import Run
 from headrace.engine.update_session import Manifest, UpdateSession, manifest_of
 from headrace.text import run_sized

@@ -13,18 +13,20 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from headrace.ipc import PulsePage
-from headrace.types.errors import DeadlineError, HeadraceError
+from headrace.types.errors import DeadlineError, HeadraceError, InternalError
 from headrace.types.messages import Command, GetStatus, GiveUp, Reply, Shutdown
 
 CLAIM_SECONDS = 0.02
 """After its deadline a call is left so long to be claimed: the core looks at the clock a moment after it claims."""
 
 _LONGEST_WAIT = 3600.0
+
+Result = TypeVar("Result")
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -167,3 +169,15 @@ def _look_at(answer: asyncio.Future[bytes]) -> None:
     """The error of a call that was given up is nobody's: asyncio need not complain that no one looked at it."""
     if not answer.cancelled():
         answer.exception()
+
+
+def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of a coroutine that awaits nothing that waits, in this thread, with or without a loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        coroutine.close()
+    raise InternalError(f"{coroutine} waits, and nobody would wake it")

@@ -6,18 +6,48 @@ memory that cannot be named so is for others to carry.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
+from headrace.engine.held_tensors import HeldTensors, Listing
 from headrace.engine.tensors import device_of, num_writes, storage_bytes
 from headrace.types.errors import UnavailableError, WeightUpdateError
 from headrace.types.weights import BufferEntry, DeviceArea, DeviceRef
 
 if TYPE_CHECKING:
     import torch
+
+
+class ExportPlan:
+    """How all tensors of a listing went, which go so again while the driver's allocations that they are in are there.
+
+    Nothing of them is held: what has been freed is not the same when it is asked for again.
+    """
+
+    def __init__(self, listing: Listing, exports: Sequence[DeviceExport], *, shares_process: bool) -> None:
+        self.listing = listing
+        self.areas = tuple(area for export in exports for area in export.ref.areas)
+        self.contexts = {device: context for export in exports for device, context in export.contexts.items()}
+        self.num_bytes = sum(export.num_bytes for export in exports)
+        starts = accumulate((export.ref.size for export in exports), initial=0)
+        self.entries = [
+            msgspec.structs.replace(entry, offset=start + entry.offset, replaces=False)
+            for start, export in zip(starts, exports, strict=False)
+            for entry in export.entries
+        ]
+        bases = () if shares_process else dict.fromkeys(base for export in exports for base in export.bases)
+        self._allocations = [(base, _allocation_id(base)) for base in bases]
+
+    def fits(self, listing: Listing | None) -> bool:
+        """Whether these are the tensors, and their memory is what it was."""
+        return listing is self.listing and all(
+            number and _allocation_id(base) == number for base, number in self._allocations
+        )
 
 
 class DeviceExport:
@@ -28,7 +58,8 @@ class DeviceExport:
         self.entries: list[BufferEntry] = []
         self._device_ids = device_ids
         self._shares_process = shares_process
-        self._contexts: dict[torch.device, AbstractContextManager[Any] | None] = {}  # of those seen so far
+        self.contexts: dict[torch.device, AbstractContextManager[Any] | None] = {}
+        """In which the driver is asked about the memory of each device that was seen; None: it is not read."""
         self._is_refused = False
         self._held: list[tuple[str, torch.Tensor, int, int]] = []
         self._areas: list[DeviceArea] = []
@@ -36,6 +67,20 @@ class DeviceExport:
         self._size = 0
         self._last = 0, 0  # the allocation of the last tensor: the next one is often in it
         self.num_bytes = 0  # of all tensors
+
+    @classmethod
+    def again(cls, plan: ExportPlan, held: HeldTensors, *, shares_process: bool) -> DeviceExport:
+        """All tensors of a plan that fits them."""
+        found = cls((), shares_process=shares_process)
+        found.entries, found.contexts, found.num_bytes = plan.entries, plan.contexts, plan.num_bytes
+        found._areas = list(plan.areas)
+        found._held = [(name, tensor, writes, storage_bytes(tensor)) for name, tensor, writes in held.counted]
+        return found
+
+    @property
+    def bases(self) -> list[int]:
+        """Where the allocations begin that all areas are."""
+        return [base for base, _ in self._starts]
 
     @property
     def ref(self) -> DeviceRef:
@@ -60,7 +105,7 @@ class DeviceExport:
 
     def settle(self) -> DeviceExport:
         """Wait for what the caller has enqueued, on his current streams, that writes to the tensors; returns itself."""
-        for device, context in self._contexts.items():
+        for device, context in self.contexts.items():
             if context is not None:
                 import torch
 
@@ -75,10 +120,10 @@ class DeviceExport:
 
     def _lies_well(self, tensor: torch.Tensor) -> bool:
         device = tensor.device
-        if device not in self._contexts:
-            self._contexts[device] = self._context_of(tensor)
+        if device not in self.contexts:
+            self.contexts[device] = self._context_of(tensor)
         is_plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-        return is_plain and self._contexts[device] is not None and tensor.numel() > 0
+        return is_plain and self.contexts[device] is not None and tensor.numel() > 0
 
     def _context_of(self, tensor: torch.Tensor) -> AbstractContextManager[Any] | None:
         """In which the driver is asked about its memory; None: the core does not read its device."""
@@ -110,7 +155,7 @@ class DeviceExport:
             return storage.data_ptr(), storage.nbytes()
         from headrace.weights.device_sharing import allocation_of
 
-        with self._contexts[tensor.device] or nullcontext():
+        with self.contexts[tensor.device] or nullcontext():
             return allocation_of(address)
 
     def _area_of(self, tensor: torch.Tensor, base: int, size: int) -> DeviceArea:
@@ -118,5 +163,11 @@ class DeviceExport:
             return DeviceArea(b"", base, size)
         from headrace.weights.device_sharing import handle_of
 
-        with self._contexts[tensor.device] or nullcontext():
+        with self.contexts[tensor.device] or nullcontext():
             return DeviceArea(handle_of(base), 0, size)
+
+
+def _allocation_id(address: int) -> int:
+    from headrace.weights.device_sharing import allocation_id
+
+    return allocation_id(address)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from headrace.engine.client import CoreClient
-from headrace.engine.device_export import DeviceExport
+from headrace.engine.device_export import DeviceExport, ExportPlan
+from headrace.engine.held_tensors import HeldTensors
 from headrace.engine.tensors import device_of
 from headrace.engine.update_session import UpdateSession
 from headrace.engine.upload_buffers import BufferPool
@@ -35,6 +37,7 @@ class DeviceRoad:
         self._shares_process = shares_process
         self._pools: dict[str, BufferPool] = {}  # by device
         self._short: dict[str, int] = {}  # by device, the session that found no room for a buffer there
+        self._plan: ExportPlan | None = None
 
     @property
     def device_ids(self) -> tuple[str, ...]:
@@ -44,6 +47,19 @@ class DeviceRoad:
     def export(self) -> DeviceExport:
         """For tensors that stay where they are."""
         return DeviceExport(self.device_ids, shares_process=self._shares_process)
+
+    def note(self, held: HeldTensors, exports: Sequence[DeviceExport]) -> None:
+        """These exports brought tensors of a whole update: if all of them, they may go so `again`."""
+        if held.listing is None or sum(len(export.entries) for export in exports) < len(held.manifest):
+            self._plan = None
+        elif self._plan is None or held.listing is not self._plan.listing:
+            self._plan = ExportPlan(held.listing, exports, shares_process=self._shares_process)
+
+    def again(self, held: HeldTensors) -> DeviceExport | None:
+        """All of the tensors as they went last; None where they are to be looked at one by one."""
+        if self.is_closed or self._plan is None or not self._plan.fits(held.listing):
+            return None
+        return DeviceExport.again(self._plan, held, shares_process=self._shares_process)
 
     def bytes_ahead(self, number: int) -> float:
         """How much of that goes ahead as export `number`: the core copies it while the rest is looked through. A core

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.async_engine import AsyncEngine
+from headrace.engine.calls import run_here
 from headrace.engine.control import DEFAULT_UPDATE_TIMEOUT, terms_of
 from headrace.engine.core_host import ExecutorKind
 from headrace.engine.fields import InputIds, Prompts, Sampling
@@ -19,7 +20,6 @@ from headrace.engine.rank_group import share_engine
 from headrace.engine.requests import GenerateOptions
 from headrace.engine.runtime import Regret, result_of
 from headrace.engine.tensors import NamedTensors, to_tensor
-from headrace.engine.update import run_here
 from headrace.engine.update_session import Manifest, UpdateSession
 from headrace.text import Tokenizer
 from headrace.types.errors import HeadraceError, RequestError

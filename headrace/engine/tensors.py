@@ -10,9 +10,7 @@ import copy
 import ctypes
 import functools
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,20 +20,12 @@ from headrace.engine.memory_copy import Copy, address_of, copy_memory
 from headrace.types.errors import WeightUpdateError
 from headrace.types.plain_values import plain_text
 from headrace.types.weights import TensorInfo, WeightBytes, name_problem, shape_problem
-from headrace.weights.weight_map import FLOAT_DTYPES, TIED_HEAD, is_recomputed
+from headrace.weights.weight_map import is_recomputed
 
 if TYPE_CHECKING:
     import torch
 
 NamedTensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
-
-_OVERLAP_WORK = 100_000
-
-_AT_ONCE = frozenset({list, tuple, dict, OrderedDict, type({}.items()), type(OrderedDict().items())})
-"""What runs no code of the caller between two of its pairs. Not their subclasses, which may."""
-
-_NUM_SAMPLED = 4096
-_MAX_ROWS_SAMPLED = 1 << 18
 
 
 def named_pairs(
@@ -46,43 +36,6 @@ def named_pairs(
     if not isinstance(named_tensors, Iterable) or getattr(named_tensors, "shape", None) == ():
         raise WeightUpdateError("named_tensors must be an iterable of (name, tensor) pairs", field="named_tensors")
     return _checked(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors, hold or whole)
-
-
-def are_at_hand(named_tensors: NamedTensors) -> bool:
-    """Whether no code of the caller runs between two of the pairs: all may be read before the first is done with."""
-    return isinstance(named_tensors, HeldTensors) or type(named_tensors) in _AT_ONCE
-
-
-class HeldTensors:
-    """Named tensors that are all listed before the first is copied, because the manifest comes first.
-
-    Raises `WeightUpdateError` where that would send other values than were handed over: for two entries in the same
-    memory (but a tied output head), naming both, and for one that was written to after it was listed. Such a write is
-    seen if torch counted it, and, of what an iterator yields (its code runs between two tensors, and what goes through
-    `.data`, numpy or inference mode is not counted), if it changed a sample of the values: every element of small
-    tensors, of large ones 4096 evenly spaced ones, with the first, the last and one of each row (of up to 2^18).
-    """
-
-    def __init__(self, named_tensors: NamedTensors) -> None:
-        is_sampled = type(named_tensors) not in _AT_ONCE
-        self._held: list[tuple[str, Any, int, bytes | None]] = []
-        manifest: list[TensorInfo] = []
-        for name, tensor in named_pairs(named_tensors):
-            info = describe(name, tensor)
-            manifest.append(info)
-            is_taken = info.dtype in FLOAT_DTYPES  # the core refuses the rest, before any of it is read
-            self._held.append((name, tensor, num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
-        self.manifest = tuple(manifest)
-        _require_disjoint([(name, tensor) for name, tensor, _, _ in self._held])
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for name, tensor, writes, sample in self._held:
-            if sample is not None:
-                describe(name, tensor)  # it may have been freed
-            if num_writes(tensor) != writes or (sample is not None and _sample(tensor) != sample):
-                message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
-                raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
-            yield name, tensor
 
 
 def describe(name: str, tensor: Any) -> TensorInfo:
@@ -141,7 +94,8 @@ class TensorBytes:
             copy(address_of(view), _address(self._plain) + self._part.start, len(self._part))
 
     def _check_memory(self) -> None:
-        if storage_bytes(self._plain) != self._storage_bytes or not _is_readable_now(self._plain):
+        is_readable = isinstance(self._plain, np.ndarray) or readable_now()
+        if storage_bytes(self._plain) != self._storage_bytes or not is_readable:
             describe(self._name, self._plain)
         if num_writes(self._plain) != self._writes:
             raise WeightUpdateError(f"{self._name} was written to while it was sent", field=self._name)
@@ -244,10 +198,11 @@ def same_memory(left: Any, right: Any) -> bool:
     unreadable = _staging().unreadable
     if unreadable(left) or unreadable(right) or not left.numel():
         return False
-    return _place(left) == _place(right)
+    return place_of(left) == place_of(right)
 
 
-def _place(tensor: Any) -> tuple[Any, ...]:
+def place_of(tensor: Any) -> tuple[Any, ...]:
+    """Where a torch tensor's elements are: what no other that is readable has."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
@@ -280,9 +235,8 @@ def storage_bytes(tensor: Any) -> int:
     return int(tensor.nbytes if isinstance(tensor, np.ndarray) else tensor.untyped_storage().nbytes())
 
 
-def _is_readable_now(tensor: Any) -> bool:
-    if isinstance(tensor, np.ndarray):
-        return True
+def readable_now() -> bool:
+    """Whether this thread can copy torch's tensors at the moment."""
     return not _staging().unreadable_now()
 
 
@@ -292,78 +246,3 @@ def num_writes(tensor: Any) -> int:
         return int(tensor._version)
     except (AttributeError, RuntimeError):  # of NumPy, or of inference mode
         return 0
-
-
-def _sample(tensor: Any) -> bytes:
-    """Some of a tensor's bytes, always the same: evenly spaced elements, at least one of each row. On a device one
-    gather and one small copy."""
-    size = int(np.prod(tensor.shape, dtype=np.int64))
-    num_rows = tensor.shape[0] if len(tensor.shape) else 1
-    count = min(size, max(_NUM_SAMPLED, min(num_rows, _MAX_ROWS_SAMPLED)))
-    if count == size:
-        return bytes(tensor_bytes(tensor))
-    places = np.unravel_index(np.arange(count) * (size - 1) // (count - 1), tuple(tensor.shape))
-    if isinstance(tensor, np.ndarray):
-        return bytes(tensor_bytes(tensor[places]))
-    import torch
-
-    indices = tuple(torch.from_numpy(place).to(tensor.device) for place in places)
-    return bytes(tensor_bytes(tensor.detach()[indices]))
-
-
-def _require_disjoint(pairs: list[tuple[str, Any]]) -> None:
-    """No two tensors share an element. Sorted by address, each is compared with those that reach beyond its begin."""
-    spans = [(*_span(tensor), name, tensor) for name, tensor in pairs]
-    reaching: list[tuple[int, int, int, str, Any]] = []
-    for span in sorted((span for span in spans if span[2] > span[1]), key=itemgetter(0, 1)):
-        device, low, _, name, tensor = span
-        reaching = [former for former in reaching if former[2] > low and former[0] == device]
-        for _, _, _, former_name, former in reaching:
-            is_tied = TIED_HEAD in (name, former_name) and name != former_name and _is_one(former, tensor)
-            if not is_tied and _shares(_elements(former), _elements(tensor)):
-                message = f"{former_name} and {name} lie in the same memory, so one holds the other's values; a buffer"
-                hint = "that is filled again and again goes through begin_update, stage and commit"
-                raise WeightUpdateError(f"{message} {hint}", field=name)
-        reaching.append(span)
-
-
-def _span(tensor: Any) -> tuple[int, int, int]:
-    """The device that a tensor is on, -1 for a CPU; where its first byte is, and where none of it is any more."""
-    if isinstance(tensor, np.ndarray):
-        return (-1, *np.lib.array_utils.byte_bounds(tensor)) if tensor.size else (-1, 0, 0)
-    device = tensor.get_device()
-    if tensor.is_contiguous():
-        low = tensor.data_ptr()
-        return device, low, low + tensor.nbytes
-    return device, *np.lib.array_utils.byte_bounds(_elements(tensor))
-
-
-def _elements(tensor: Any) -> npt.NDArray[Any]:
-    return tensor if isinstance(tensor, np.ndarray) else np.asarray(_Elements(tensor))
-
-
-def _is_one(left: Any, right: Any) -> bool:
-    if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
-        return left is right
-    return _place(left) == _place(right)
-
-
-def _shares(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> bool:
-    try:
-        return np.shares_memory(left, right, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-class _Elements:
-    """Where a torch tensor's elements lie, for numpy to reason about; nothing is read."""
-
-    def __init__(self, tensor: Any) -> None:
-        size = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{size}",
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
-            "data": (tensor.data_ptr(), True),
-        }

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Sequence
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -23,21 +23,14 @@ from headrace.engine.client import CoreClient
 from headrace.engine.control import UpdateTerms
 from headrace.engine.device_export import DeviceExport
 from headrace.engine.device_road import DeviceRoad
+from headrace.engine.held_tensors import HeldTensors, Listing, are_at_hand
 from headrace.engine.lookback import Lookback
 from headrace.engine.memory_copy import CopyingThreads
-from headrace.engine.tensors import (
-    DeviceBytes,
-    HeldTensors,
-    NamedTensors,
-    TensorBytes,
-    are_at_hand,
-    describe,
-    named_pairs,
-)
+from headrace.engine.tensors import DeviceBytes, NamedTensors, TensorBytes
 from headrace.engine.update_log import note_update
 from headrace.engine.update_session import UpdateSession, check_session
 from headrace.engine.upload_buffers import BufferPool, Fill, Filling, HostMemory, UploadBuffer, in_parts
-from headrace.types.errors import DeadlineError, HeadraceError, InternalError, UnavailableError, WeightUpdateError
+from headrace.types.errors import DeadlineError, HeadraceError, UnavailableError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.http import TensorPiece
 from headrace.types.messages import AbortUpdate, BeginUpdate, CommitUpdate, ExtendUpdate, Stage, StagePayload
@@ -85,6 +78,7 @@ class Updater:
         self._tasks: set[asyncio.Task[Any]] = set()  # uploads, and aborts that nobody awaits
         self._begun: UpdateSession | None = None  # the last one; whichever is open is this one
         self._begun_in: asyncio.Task[Any] | None = None
+        self._listed: Listing | None = None  # of the last whole update
         self._freed = asyncio.Event()
         self._fillings: set[Filling] = set()
 
@@ -162,7 +156,7 @@ class Updater:
         exports = [self._road.export()] if is_at_hand and self._road.device_ids else []
         try:
             self._fillings.add(filling)
-            for index, name, tensor in _indexed(session, named_tensors):
+            for index, name, tensor in session.indexed(named_tensors):
                 if index in sent:
                     raise WeightUpdateError(f"{name} was staged twice", field=name)
                 sent.add(index)
@@ -190,6 +184,8 @@ class Updater:
                 export.check()
             is_settled = True
             session.num_bytes_staged += num_bytes
+            if isinstance(named_tensors, HeldTensors):
+                self._road.note(named_tensors, exports)
         except GeneratorExit:
             raise
         except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
@@ -202,6 +198,27 @@ class Updater:
                 session.note_sent(sent, is_settled=is_settled)
                 self._fillings.discard(filling)  # here: the loop may be closed
                 self.call_soon(lambda: self._end(filling))
+
+    async def _stage_export(self, session: UpdateSession, export: DeviceExport) -> bool:
+        """As `stage`, of all that an update brings. False where the core cannot map it: all of it may come again."""
+        filling, is_settled = Filling(session.session_id, self._threads), False
+        session.roads.add(_DEVICE_ROAD)
+        self._fillings.add(filling)
+        try:
+            await self._send_export(session, filling, export)
+            await self._drain(filling)
+            export.check()
+            is_settled = True
+            session.num_bytes_staged += export.num_bytes
+        except BaseException as error:  # whatever it is, nothing more is staged when the caller hears of it
+            await outlast(self._call_off(filling))
+            if not (isinstance(error, UnavailableError) and self._road.is_closed):
+                raise
+        finally:
+            session.note_sent({entry.index for entry in export.entries}, is_settled=is_settled)
+            self._fillings.discard(filling)
+            self._end(filling)
+        return is_settled
 
     async def stage_pieces(self, session: UpdateSession, pieces: Iterable[TensorPiece], fill: Fill) -> None:
         """As `stage`, of pieces of tensors in the order in which `fill` brings their bytes."""
@@ -241,17 +258,23 @@ class Updater:
         self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms, begin_with: Begin
     ) -> UpdateReport:
         """A whole update. The pairs are read once, before anything is sent, since the manifest comes first."""
-        held = HeldTensors(named_tensors)
+        held = HeldTensors(named_tensors, self._listed)
+        self._listed = held.listing
+        again = self._road.again(held)
         opened: list[UpdateSession] = []  # also where this is cancelled before it hears of it
 
-        async def begin() -> None:
+        async def begin(again: DeviceExport | None) -> UpdateReport | None:
+            """What goes as it went last is committed too, without one turn for each."""
             opened.append(await begin_with(held.manifest, terms))
+            is_staged = again is not None and await self._stage_export(opened[0], again)
+            return await self.commit(opened[0]) if is_staged else None
 
         try:
-            await run(begin())
+            report: UpdateReport | None = await run(begin(again and again.settle()))
             (session,) = opened
-            await self.stage(run, session, held)
-            report: UpdateReport = await run(self.commit(session))
+            if report is None:
+                await self.stage(run, session, held)
+                report = await run(self.commit(session))
         except GeneratorExit:  # dropped by whoever ran it: nothing can be awaited any more
             self.call_soon(lambda: self.start_aborts(opened))
             raise
@@ -423,24 +446,3 @@ class Updater:
     def _give_back(self, buffer: UploadBuffer) -> None:
         buffer.pool.give_back(buffer)
         self._freed.set()
-
-
-def _indexed(session: UpdateSession, named_tensors: NamedTensors) -> Iterator[tuple[int, str, Any]]:
-    """The tensors with their places in the manifest. What is held has been described."""
-    if isinstance(named_tensors, HeldTensors):
-        described = zip(named_tensors.manifest, named_tensors, strict=True)
-        yield from ((session.index_of(info), *pair) for info, pair in described)
-    else:
-        yield from ((session.index_of(describe(*pair)), *pair) for pair in named_pairs(named_tensors))
-
-
-def run_here(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """What comes of a coroutine that awaits nothing that waits, in this thread, with or without a loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: Result = end.value
-        return result
-    finally:
-        coroutine.close()
-    raise InternalError(f"{coroutine} waits, and nobody would wake it")

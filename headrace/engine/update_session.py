@@ -4,12 +4,14 @@ calls."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import msgspec
 
+from headrace.engine.held_tensors import HeldTensors
+from headrace.engine.tensors import NamedTensors, describe, named_pairs
 from headrace.engine.upload_buffers import aligned
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.plain_values import as_list, plain_text
@@ -130,6 +132,14 @@ class UpdateSession:
         if index is None:
             raise WeightUpdateError(f"{name} is not in this update's manifest", field=name)
         return self.manifest[index]
+
+    def indexed(self, named_tensors: NamedTensors) -> Iterator[tuple[int, str, Any]]:
+        """The tensors with their places in the manifest. Raises as `index_of`. What is held has been described."""
+        if isinstance(named_tensors, HeldTensors):
+            described = zip(named_tensors.manifest, named_tensors, strict=True)
+            yield from ((self.index_of(info), *pair) for info, pair in described)
+        else:
+            yield from ((self.index_of(describe(*pair)), *pair) for pair in named_pairs(named_tensors))
 
     def index_of(self, info: TensorInfo) -> int:
         """The manifest's index of a tensor. Raises `WeightUpdateError` if it is not there as described."""

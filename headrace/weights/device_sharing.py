@@ -20,6 +20,7 @@ from headrace.types.errors import UnavailableError
 from headrace.types.weights import DeviceArea, DeviceRef
 
 _HANDLE_BYTES = 64
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
@@ -107,6 +108,13 @@ def allocation_of(address: int) -> tuple[int, int]:
     found = cuda_driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_ulonglong(address))
     _check(found, "find an allocation")
     return base.value, size.value
+
+
+def allocation_id(address: int) -> int:
+    """The number of the driver's allocation that an address of this process is in, which no later one has; 0 of none."""
+    number = ctypes.c_ulonglong()
+    asked = cuda_driver().cuPointerGetAttribute(ctypes.byref(number), _BUFFER_ID, ctypes.c_ulonglong(address))
+    return 0 if asked else number.value
 
 
 def handle_of(base: int) -> bytes:

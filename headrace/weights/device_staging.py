@@ -14,10 +14,8 @@ import torch
 
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
-from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, dtype_name, row_blocks
-
-Place = tuple[int, ...]
-"""Of memory, as a kernel that moves rows is told of it: address, first element, number of them, exponent, size."""
+from headrace.weights.region import Place
+from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, row_blocks
 
 SLICE_BYTES = 1 << 30
 """Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
@@ -55,19 +53,10 @@ class ArrivingPiece(NamedTuple):
 
 class WholeTarget(NamedTuple):
     """Where a tensor goes that comes whole, on the device and in the dtype of a parameter, and lies there in its own
-    order: nothing is to be known of it but its bytes. `place` is what a kernel is told of it (`place_of`)."""
+    order: nothing is to be known of it but its bytes."""
 
-    memory: torch.Tensor
     place: Place
-    dtype: str
     is_live: bool
-
-
-def target_in(memory: torch.Tensor, *, is_live: bool) -> WholeTarget:
-    """All of this memory, contiguous."""
-    from headrace.kernels.triton.weight_pieces import place_of
-
-    return WholeTarget(memory, place_of(memory), dtype_name(memory.dtype), is_live)
 
 
 class DeviceCopies:

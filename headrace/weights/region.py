@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 
@@ -15,6 +16,17 @@ MIN_GAP_BYTES = 4096
 """Between two runs of a tensor that are read one by one: reading over less costs no more than another call."""
 
 _Parts = list[tuple[Box, torch.Tensor]]
+
+
+Place = tuple[int, ...]
+"""Memory as a kernel that moves rows is told of it."""
+
+
+def place_in(memory: torch.Tensor) -> Place:
+    """All of memory that is flat and contiguous."""
+    from headrace.kernels.triton.weight_pieces import target_of
+
+    return target_of(memory)
 
 
 class Region:
@@ -47,6 +59,11 @@ class Region:
         self.is_plain = is_flat and not pieces[0].axes and self._times == [1]
         self._is_whole = sum(piece.source.num_elements for piece in pieces) == self.num_elements
         self._is_in_runs = not self._is_whole and all(self._is_apart(piece.source) for piece in pieces)
+
+    @cached_property
+    def place(self) -> Place | None:
+        """All of it as it lies, where that is in the tensor's own order and counts once."""
+        return place_in(self.flat) if self.is_plain and self.flat is not None else None
 
     def _is_apart(self, box: Box) -> bool:
         """The runs of a box are worth reading one by one."""

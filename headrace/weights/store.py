@@ -18,7 +18,7 @@ from headrace.types.errors import InternalError, NotFoundError, UpdateConflictEr
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.device_sharing import readable_devices
-from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget, target_in
+from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
@@ -78,7 +78,6 @@ class WeightStore:
         self.live: dict[str, torch.Tensor] = {spec.name: each for spec, each in zip(specs, tensors, strict=True)}
         self._zero_padding(self.live)
         self._regions: dict[str, Region] = {}
-        self._targets: dict[str, WholeTarget | None] = {}  # of tensors that are only to be moved to live memory
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
         self._check_finite = check_finite
@@ -95,7 +94,6 @@ class WeightStore:
             self._buffers.end()
         self._shadow.end()
         self._regions.clear()
-        self._targets.clear()
         self.live.clear()
 
     # Whole models: from a file, from a seed, to nothing.
@@ -262,15 +260,10 @@ class WeightStore:
         )
 
     def _target(self, transaction: Transaction, piece: StagePiece) -> WholeTarget | None:
-        if piece.start is not None or piece.data.device != self.device:
-            return None
         name = transaction.manifest[piece.index].name
-        if name not in self._targets:
-            region, is_own = self._region(name), name not in self.weight_map.aliases
-            flat = region.flat if is_own and region.is_plain else None
-            self._targets[name] = None if flat is None else target_in(flat, is_live=True)
-        live = self._targets[name]
-        return None if live is None else transaction.whole_target(piece.index, live)
+        if name in self.weight_map.aliases or piece.data.device != self.device:
+            return None
+        return transaction.whole_target(piece, self._region(name))
 
     def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
         info = transaction.manifest[piece.index]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.device_staging import WholeTarget, target_in
-from headrace.weights.memory import ResolvedMode
+from headrace.weights.device_staging import WholeTarget
+from headrace.weights.memory import ResolvedMode, StagePiece
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import DIGEST_LENGTH, digest_of
+from headrace.weights.region import Region, place_in
 from headrace.weights.shadow import Memories
-from headrace.weights.staging import TORCH_DTYPES, Arrival, not_finite
+from headrace.weights.staging import TORCH_DTYPES, Arrival, dtype_name, not_finite
 from headrace.weights.weight_map import ManifestPlan
 
 
@@ -64,15 +65,21 @@ class Transaction:
         """What arrives is held against digests."""
         return any(info.digest for info in self.manifest)
 
-    def whole_target(self, index: int, live: WholeTarget) -> WholeTarget | None:
+    def whole_target(self, piece: StagePiece, live: Region) -> WholeTarget | None:
         """Where a whole tensor of this device is only to be moved; None: more is to be done with it."""
-        info = self.manifest[index]
-        if info.dtype != live.dtype or info.name in self.compared:
+        info, place = self.manifest[piece.index], live.place
+        if piece.start is not None or place is None or info.name in self.compared:
             return None
-        if info.digest and (self._is_shard or len(info.digest) > DIGEST_LENGTH):
+        if info.dtype != dtype_name(live.dtype) or (info.digest and not self._takes_sum(info.digest)):
             return None
-        self.arrivals.pop(index, None)
-        return live if self.mode == "inplace" else target_in(self.shadow[info.name][0], is_live=False)
+        self.arrivals.pop(piece.index, None)
+        if self.mode == "inplace":
+            return WholeTarget(place, is_live=True)
+        return WholeTarget(place_in(self.shadow[info.name][0]), is_live=False)
+
+    def _takes_sum(self, digest: str) -> bool:
+        """A digest is compared with the sum of what is here alone."""
+        return len(digest) <= DIGEST_LENGTH and not self._is_shard
 
     def take_moved(self, index: int, result: Sequence[int], *, check_finite: bool) -> None:
         """A tensor that was only moved is there. `WeightUpdateError` naming it if it is not what it is to be."""

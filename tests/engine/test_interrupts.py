@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from headrace import Engine, serve
+from headrace.engine.calls import run_here
 from headrace.engine.runtime import EngineLoop, _Errand, _look_out
-from headrace.engine.update import run_here
 from headrace.types.errors import InternalError
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.lines import BeforeLine

@@ -27,9 +27,9 @@ from headrace import (
 )
 from headrace.engine import joined_update
 from headrace.engine.control import terms_of_part
+from headrace.engine.held_tensors import HeldTensors
 from headrace.engine.joined_update import JoinedUpdate
 from headrace.engine.sender import HERE, Sender
-from headrace.engine.tensors import HeldTensors
 from headrace.engine.update_session import UpdateSession
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from headrace import Engine
-from headrace.engine.tensors import HeldTensors, TensorBytes, describe, named_pairs, tensor_bytes
+from headrace.engine.held_tensors import HeldTensors
+from headrace.engine.tensors import TensorBytes, describe, named_pairs, tensor_bytes
 from headrace.engine.update_session import manifest_of
 from headrace.rl import push_weights
 from headrace.types.errors import WeightUpdateError

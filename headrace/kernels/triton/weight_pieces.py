@@ -48,9 +48,9 @@ def row_of(source: Tensor, target: Tensor | None, start: int) -> Row:
     return source.data_ptr(), place, start, source.numel(), _EXPONENTS[source.dtype], source.element_size()
 
 
-def place_of(target: Tensor) -> Row:
-    """All of `target` as the end of a row, whose first number is the address of its values."""
-    return target.data_ptr(), 0, target.numel(), _EXPONENTS[target.dtype], target.element_size()
+def target_of(memory: Tensor) -> Row:
+    """All of it as the end of a row, whose first number is the address of its values."""
+    return memory.data_ptr(), 0, memory.numel(), _EXPONENTS[memory.dtype], memory.element_size()
 
 
 def move_rows(rows_of_pieces: Sequence[Row], words: Tensor, *, sums: bool = True) -> Tensor:
