@@ -111,7 +111,7 @@ def allocation_of(address: int) -> tuple[int, int]:
 
 
 def allocation_id(address: int) -> int:
-    """The number of the driver's allocation that an address of this process is in, which no later one has; 0 of none."""
+    """The number of the allocation that an address of this process is in, which no later one has; 0 of none."""
     number = ctypes.c_ulonglong()
     asked = cuda_driver().cuPointerGetAttribute(ctypes.byref(number), _BUFFER_ID, ctypes.c_ulonglong(address))
     return 0 if asked else number.value

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from headrace.engine import device_export as module
-from headrace.engine.device_export import DeviceExport
+from headrace.engine.device_export import DeviceExport, ExportPlan
+from headrace.engine.held_tensors import HeldTensors
 from headrace.types.errors import UnavailableError, WeightUpdateError
 from headrace.types.weights import BufferEntry, DeviceArea
 from headrace.weights import device_sharing
@@ -153,3 +154,34 @@ def test_what_is_written_to_or_freed_meanwhile_is_refused_by_name(allocator: All
     with pytest.raises(WeightUpdateError, match="written to while it was sent") as caught:
         export.check()
     assert caught.value.field == "t1"
+
+
+def test_what_went_once_goes_again_while_its_allocations_are_there(
+    allocator: Allocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocation that is made anew at the place of another is another, whatever its address."""
+    numbers = {(allocator.first + at) * SEGMENT: 10 + at for at in range(4)}
+    monkeypatch.setattr(device_sharing, "allocation_id", lambda address: numbers[address])
+    tensors = {"a": allocator.at(2 * SEGMENT + 64, 3, 4), "b": allocator.at(0, 5), "c": allocator.at(2 * SEGMENT, 2)}
+    held = HeldTensors(tensors)
+    exports = [DeviceExport(("GPU",), shares_process=False) for _ in range(2)]
+    for index, (name, each) in enumerate(tensors.items()):
+        assert exports[index > 0].add(index, name, each, replaces=index == 1)
+    assert held.listing is not None
+    plan = ExportPlan(held.listing, exports, shares_process=False)
+    same = HeldTensors(tensors, held.listing)
+    assert plan.fits(same.listing) and not plan.fits(HeldTensors(tensors).listing)
+    again = DeviceExport.again(plan, same, shares_process=False)
+    areas, starts = again.ref.areas, [SEGMENT * at for at in range(3)]
+    assert areas == tuple(DeviceArea(bytes([at]), 0, SEGMENT) for at in (2, 0, 2)) and again.num_bytes == 76
+    offsets = starts[0] + 64, starts[1], starts[2]
+    expected = zip(offsets, (48, 20, 8), strict=True)
+    assert again.entries == [BufferEntry(at, offset, 0, size) for at, (offset, size) in enumerate(expected)]
+    again.check()
+    tensors["b"].add_(1.0)
+    with pytest.raises(WeightUpdateError, match="was written to"):
+        again.check()
+    numbers[allocator.first * SEGMENT] = 99
+    assert not plan.fits(same.listing)
+    numbers.update(dict.fromkeys(numbers, 0))
+    assert not ExportPlan(held.listing, exports, shares_process=False).fits(same.listing)

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from headrace import Engine, TensorInfo, UnavailableError, WeightUpdateError
-from headrace.engine import device_export
+from headrace.engine import device_export, held_tensors
 from headrace.engine.device_road import DeviceRoad
+from headrace.engine.tensors import describe
 from headrace.kernels.triton import weight_pieces
 from headrace.weights import stage_buffers
+from headrace.weights.device_staging import DeviceCopies
 from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.store import WeightStore
 from tests.engine.builders import SETTINGS, model_of, named_tensors
@@ -98,7 +100,101 @@ def test_tensors_are_copied_from_where_they_are(
         assert (report.version, report.mode, report.num_tensors) == (version, mode, len(new))
     storages = {(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()) for _, each in new}
     named = {(area.offset, area.size) for ref in seen.opened for area in ref.areas}
-    assert named == storages and len(seen.opened) == 2 * (1 if bytes_ahead > 1 else len(new))
+    assert named == storages and len(seen.opened) == (1 if bytes_ahead > 1 else len(new)) + 1
+    assert engine.digest() == digests(new, model_folder)
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of tensors that are described one by one."""
+    names: list[str] = []
+
+    def noted(name: str, tensor: Any) -> TensorInfo:
+        names.append(name)
+        return describe(name, tensor)
+
+    monkeypatch.setattr(held_tensors, "describe", noted)
+    return names
+
+
+def test_the_same_tensors_are_looked_at_once_and_sent_as_they_are_now(
+    engine: Engine, seen: Seen, new: Tensors, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = looked_at(monkeypatch)
+    for number in range(4):
+        engine.update_weights_from_tensor(dict(new) if number % 2 else new, str(number), mode="inplace")
+        assert len(names) == (0 if number else len(new))
+        assert engine.digest() == digests(new, model_folder)
+        names.clear()
+        with torch.no_grad():
+            for _, each in new:
+                each.add_(0.5)
+    engine.update_weights_from_tensor(new[::-1], "another order")
+    assert len(names) == len(new) and engine.digest() == digests(new, model_folder)
+
+
+MOVED = {
+    "another place": lambda each: each.clone(),
+    "another form": lambda each: each.t().contiguous().t(),
+    "another dtype": lambda each: each.view(torch.int32).view(torch.float32).bfloat16(),
+    "no plain tensor": lambda each: torch.nn.Buffer(each.clone()),
+    "of numpy": lambda each: each.clone().numpy(),
+}
+
+
+@pytest.mark.parametrize("way", MOVED)
+def test_where_one_of_them_is_another_all_are_looked_at(
+    engine: Engine, new: Tensors, model_folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    engine.update_weights_from_tensor(new, "one")
+    names, at = looked_at(monkeypatch), next(at for at, (_, each) in enumerate(new) if each.ndim == 2)
+    changed: Any = [*new]
+    changed[at] = new[at][0], MOVED[way](new[at][1] + 1.0)
+    engine.update_weights_from_tensor(changed, "two")
+    assert len(names) >= len(new)
+    plain = [(name, torch.as_tensor(each)) for name, each in changed]
+    assert engine.digest() == digests(plain, model_folder)
+
+
+def test_what_was_freed_or_is_written_to_meanwhile_is_refused_by_name(
+    engine: Engine, new: Tensors, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.update_weights_from_tensor(new, "one")
+    advance = DeviceCopies.advance
+
+    def written(copies: DeviceCopies, budget_s: float) -> bool:
+        with torch.no_grad():
+            new[3][1].add_(1.0)
+        return advance(copies, budget_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceCopies, "advance", written)
+        with pytest.raises(WeightUpdateError, match="was written to while it was sent") as caught:
+            engine.update_weights_from_tensor(new, "two", mode="shadow")
+    assert caught.value.field == new[3][0] and engine.version == "one"
+    engine.update_weights_from_tensor(new, "three")
+    new[5][1].untyped_storage().resize_(0)
+    with pytest.raises(WeightUpdateError, match="its memory was freed") as caught:
+        engine.update_weights_from_tensor(new, "four")
+    assert caught.value.field == new[5][0] and engine.version == "three"
+    new[5] = new[5][0], torch.ones(new[5][1].shape)
+    engine.update_weights_from_tensor(new, "five")
+    assert engine.digest() == digests(new, model_folder)
+
+
+def test_what_went_once_and_cannot_be_mapped_again_goes_through_the_host(
+    engine: Engine, seen: Seen, new: Tensors, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.update_weights_from_tensor(new, "one")
+
+    def unmapped(*_: Any) -> Any:
+        raise UnavailableError("the driver could not map another's memory: error 217", field="buffer")
+
+    monkeypatch.setattr(stage_buffers.AreaBytes, "part", unmapped)
+    with torch.no_grad():
+        new[0][1].add_(1.0)
+    seen.opened.clear()
+    assert engine.update_weights_from_tensor(new, "two", mode="inplace").version == "two"
+    assert {type(ref).__name__ for ref in seen.opened} == {"DeviceRef", "BufferRef"}
     assert engine.digest() == digests(new, model_folder)
 
 
