@@ -74,7 +74,8 @@ class DeviceExport:
         found = cls((), shares_process=shares_process)
         found.entries, found.contexts, found.num_bytes = plan.entries, plan.contexts, plan.num_bytes
         found._areas = list(plan.areas)
-        found._held = [(name, tensor, writes, storage_bytes(tensor)) for name, tensor, writes in held.counted]
+        sizes = plan.listing.sights.storage_bytes
+        found._held = [(*each, size) for each, size in zip(held.counted, sizes, strict=True)]
         return found
 
     @property

@@ -7,7 +7,8 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from operator import itemgetter
+from itertools import repeat
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ _NUM_SAMPLED = 4096
 _MAX_ROWS_SAMPLED = 1 << 18
 
 
+_FORM = attrgetter("shape", "dtype")
+
 _AT_ONCE = frozenset({list, tuple, dict, OrderedDict, type({}.items()), type(OrderedDict().items())})
 """What runs no code of the caller between two of its pairs. Not their subclasses, which may."""
 
@@ -41,8 +44,34 @@ def are_at_hand(named_tensors: NamedTensors) -> bool:
     return isinstance(named_tensors, HeldTensors) or type(named_tensors) in _AT_ONCE
 
 
-Sight = tuple[Any, ...]
-"""Of a tensor: its name, where it and its storage are, and in what form."""
+class Sights(NamedTuple):
+    """What is seen of plain tensors, one column for each thing: that is quick, and they are looked at each time."""
+
+    names: list[str]
+    addresses: list[int]
+    forms: list[tuple[Any, ...]]
+    strides: list[tuple[int, ...]]
+    devices: list[int]
+    negated: list[bool]
+    storages: list[int]
+    storage_bytes: list[int]
+
+    @classmethod
+    def of(cls, names: list[str], tensors: list[Any]) -> Sights:
+        """Raises `RuntimeError` where one has no memory."""
+        import torch
+
+        base, storages = torch.Tensor, list(map(torch.Tensor.untyped_storage, tensors))
+        return cls(
+            names,
+            list(map(base.data_ptr, tensors)),
+            list(map(_FORM, tensors)),
+            list(map(base.stride, tensors)),
+            list(map(base.get_device, tensors)),
+            list(map(base.is_neg, tensors)),
+            list(map(torch.UntypedStorage.data_ptr, storages)),
+            list(map(torch.UntypedStorage.nbytes, storages)),
+        )
 
 
 class Listing(NamedTuple):
@@ -52,7 +81,7 @@ class Listing(NamedTuple):
     out about all of them holds when all are seen so again, as a trainer's are with every update.
     """
 
-    sights: list[Sight]
+    sights: Sights
     manifest: tuple[TensorInfo, ...]
 
 
@@ -71,10 +100,10 @@ class HeldTensors:
         is_sampled = type(named_tensors) not in _AT_ONCE
         self._held: list[tuple[str, Any, int, bytes | None]] = []
         self.listing: Listing | None = None
-        pairs, sights = ([], []) if is_sampled else _seen(named_tensors)
-        if before is not None and pairs and sights == before.sights:
+        tensors, sights = ([], None) if is_sampled else _seen(named_tensors)
+        if before is not None and sights == before.sights:
             self.listing, self.manifest = before, before.manifest
-            self._held += [(name, tensor, num_writes(tensor), None) for name, tensor in pairs]
+            self._held += zip(sights.names, tensors, map(num_writes, tensors), repeat(None))
             return
         manifest: list[TensorInfo] = []
         for name, tensor in named_pairs(named_tensors):
@@ -84,7 +113,7 @@ class HeldTensors:
             self._held.append((name, tensor, num_writes(tensor), _sample(tensor) if is_sampled and is_taken else None))
         self.manifest = tuple(manifest)
         _require_disjoint([(name, tensor) for name, tensor, _, _ in self._held])
-        if len(pairs) == len(manifest):
+        if sights is not None and len(tensors) == len(manifest):
             self.listing = Listing(sights, self.manifest)
 
     @property
@@ -102,26 +131,20 @@ class HeldTensors:
             yield name, tensor
 
 
-def _seen(named_tensors: Any) -> tuple[list[tuple[str, Any]], list[Sight]]:
-    """The pairs that are taken of what is at hand, and what is seen of each; none where one is no plain tensor."""
+def _seen(named_tensors: Any) -> tuple[list[Any], Sights | None]:
+    """What is at hand, and what is seen of it; None where one is no plain tensor, or no tensor of a model."""
     torch = sys.modules.get("torch")
-    pairs, sights = list[tuple[str, Any]](), list[Sight]()
-    if torch is None or not readable_now():
-        return pairs, sights
-    is_plain = {torch.Tensor, torch.nn.Parameter}.__contains__
+    if torch is None:
+        return [], None
     try:
-        for name, tensor in named_tensors.items() if isinstance(named_tensors, dict) else named_tensors:
-            if type(name) is not str or not is_plain(type(tensor)):
-                return [], []
-            if is_recomputed(name):
-                continue
-            storage, form = tensor.untyped_storage(), (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
-            place = tensor.data_ptr(), storage.data_ptr(), storage.nbytes()
-            sights.append((name, *place, *form, tensor.is_neg(), tensor.is_conj()))
-            pairs.append((name, tensor))
-    except (TypeError, ValueError, RuntimeError):  # no pair, or a tensor without memory: it is named elsewhere
-        return [], []
-    return pairs, sights
+        pairs = named_tensors.items() if isinstance(named_tensors, dict) else named_tensors
+        names, tensors = map(list, zip(*pairs, strict=True)) if pairs else ([], [])
+        is_plain = {*map(type, names)} == {str} and {*map(type, tensors)} <= {torch.Tensor, torch.nn.Parameter}
+        if is_plain and readable_now() and not any(map(is_recomputed, names)):
+            return tensors, Sights.of(names, tensors)
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # no pairs, or no memory: it is named elsewhere
+        pass
+    return [], None
 
 
 def _sample(tensor: Any) -> bytes:

@@ -126,11 +126,13 @@ class JoinedUpdate:
             if self._session is not None and not self._session.num_calls:
                 await self._supersede(reason)
 
-    async def begin_other(self, manifest: tuple[TensorInfo, ...] | None, terms: UpdateTerms) -> UpdateSession:
+    async def begin_other(
+        self, manifest: tuple[TensorInfo, ...] | None, terms: UpdateTerms, *, follows_up: bool = False
+    ) -> UpdateSession:
         """A session of its own, that whoever asks for it ends; for a complete one what is open makes way."""
         if not terms.partial:
             await self.make_way(f"another one was begun, to {terms.version!r}")
-        return await self._updater.begin(manifest, terms)
+        return await self._updater.begin(manifest, terms, follows_up=follows_up)
 
     async def note_joined(self, group: str) -> None:
         """A trainer's group was joined, by a sender that has no part in what is open."""

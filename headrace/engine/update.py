@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Sequence
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
@@ -51,7 +51,14 @@ _HOST_ROAD, _DEVICE_ROAD = "shared memory", "device memory"
 
 Result = TypeVar("Result")
 Run = Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]
-Begin = Callable[[tuple[TensorInfo, ...], UpdateTerms], Awaitable[UpdateSession]]
+
+
+class Begin(Protocol):
+    """As `Updater.begin`, after what else is open has made way."""
+
+    def __call__(
+        self, manifest: tuple[TensorInfo, ...], terms: UpdateTerms, *, follows_up: bool
+    ) -> Awaitable[UpdateSession]: ...
 
 
 class Updater:
@@ -83,17 +90,22 @@ class Updater:
         self._fillings: set[Filling] = set()
 
     async def begin(
-        self, manifest: tuple[TensorInfo, ...] | None, terms: UpdateTerms, *, is_open: bool = False
+        self,
+        manifest: tuple[TensorInfo, ...] | None,
+        terms: UpdateTerms,
+        *,
+        is_open: bool = False,
+        follows_up: bool = False,
     ) -> UpdateSession:
         """Have the whole manifest checked and a session opened; one that `is_open` is open-ended. None: `stage` lists
-        what comes. Every other session is over then."""
+        what comes. Every other session is over then. Who `follows_up` at once has the status from what comes next."""
         entries, is_listed = manifest or (), manifest is not None
 
         def command(call_id: int) -> BeginUpdate:
             policies = terms.mode, terms.in_flight, terms.partial, terms.timeout_s
             return BeginUpdate(call_id, terms.version, entries, *policies, is_open=is_open or not is_listed)
 
-        begun = await self._client.change(command, UpdateBegun)
+        begun = await (self._client.call if follows_up else self._client.change)(command, UpdateBegun)
         for filling in tuple(self._fillings):
             self._end(filling)
         given = begun.session_id, terms.version, begun.mode, entries, terms.timeout_s, terms.partial
@@ -189,7 +201,7 @@ class Updater:
         except GeneratorExit:
             raise
         except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
-            await run(self._call_off(filling))
+            await run(filling.call_off())
             raise
         finally:
             try:
@@ -206,14 +218,16 @@ class Updater:
         self._fillings.add(filling)
         try:
             await self._send_export(session, filling, export)
-            await self._drain(filling)
+            await filling.drain()
             export.check()
             is_settled = True
             session.num_bytes_staged += export.num_bytes
-        except BaseException as error:  # whatever it is, nothing more is staged when the caller hears of it
-            await outlast(self._call_off(filling))
-            if not (isinstance(error, UnavailableError) and self._road.is_closed):
+        except UnavailableError:  # of the one upload, which is over then
+            if not self._road.is_closed:
                 raise
+        except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
+            await outlast(filling.call_off())
+            raise
         finally:
             session.note_sent({entry.index for entry in export.entries}, is_settled=is_settled)
             self._fillings.discard(filling)
@@ -231,9 +245,9 @@ class Updater:
                     await self._send(session, filling)
                     await self._take_buffer(session, self._host, piece.num_bytes, filling)
             await self._send(session, filling)
-            await self._drain(filling)
+            await filling.drain()
         except BaseException:  # whatever it is, nothing more is staged when the caller hears of it
-            await outlast(self._call_off(filling))
+            await outlast(filling.call_off())
             raise
         finally:
             self._fillings.discard(filling)
@@ -265,7 +279,7 @@ class Updater:
 
         async def begin(again: DeviceExport | None) -> UpdateReport | None:
             """What goes as it went last is committed too, without one turn for each."""
-            opened.append(await begin_with(held.manifest, terms))
+            opened.append(await begin_with(held.manifest, terms, follows_up=again is not None))
             is_staged = again is not None and await self._stage_export(opened[0], again)
             return await self.commit(opened[0]) if is_staged else None
 
@@ -346,7 +360,7 @@ class Updater:
     async def _free_buffer(
         self, session: UpdateSession, pool: BufferPool, num_bytes: int, filling: Filling
     ) -> UploadBuffer:
-        self._raise_failures(filling)
+        filling.raise_failures()
         if pool is self._host:
             self._threads.start()
         pool.fit(max(min(session.max_part_bytes, pool.max_bytes), num_bytes))
@@ -355,7 +369,7 @@ class Updater:
                 while pool.is_exhausted or (buffer := pool.take()) is None:
                     self._freed.clear()
                     await self._freed.wait()
-                    self._raise_failures(filling)
+                    filling.raise_failures()
                 return buffer
         except TimeoutError:
             message = f"other tensors of session {session.session_id} hold every buffer for its {session.timeout_s:g} s"
@@ -365,7 +379,7 @@ class Updater:
 
     async def _send(self, session: UpdateSession, filling: Filling) -> None:
         """Make an upload of what has been filled, if anything has."""
-        self._raise_failures(filling)
+        filling.raise_failures()
         if session.unannounced():
             await self._announce(session)
         buffer = filling.take()
@@ -377,7 +391,7 @@ class Updater:
         await self._send(session, filling)
         for export in exports:
             await self._send_export(session, filling, export)
-        await self._drain(filling)
+        await filling.drain()
 
     async def _announce(self, session: UpdateSession) -> None:
         """Have checked what was staged and not listed."""
@@ -402,7 +416,7 @@ class Updater:
 
     async def _send_export(self, session: UpdateSession, filling: Filling, export: DeviceExport) -> None:
         """Make an upload of tensors that stay where they are, if there are any. It holds them until it is over."""
-        self._raise_failures(filling)
+        filling.raise_failures()
         if session.unannounced():
             await self._announce(session)
         if export.entries:
@@ -423,25 +437,6 @@ class Updater:
         upload.add_done_callback(end)
         self._tasks.add(upload)
         filling.uploads.append(upload)
-
-    async def _call_off(self, filling: Filling) -> None:
-        """Give up the uploads of a call that is over."""
-        pending = [upload for upload in filling.uploads if upload.cancel()]
-        if pending:
-            await asyncio.wait(pending)
-
-    async def _drain(self, filling: Filling) -> None:
-        if filling.uploads:
-            await asyncio.wait(filling.uploads)
-        self._raise_failures(filling)
-
-    def _raise_failures(self, filling: Filling) -> None:
-        """Raise the first error among the uploads of a call, and `UpdateConflictError` once it is over."""
-        for upload in filling.uploads:
-            error = upload.exception() if upload.done() and not upload.cancelled() else None
-            if error is not None:
-                raise error
-        filling.check()
 
     def _give_back(self, buffer: UploadBuffer) -> None:
         buffer.pool.give_back(buffer)

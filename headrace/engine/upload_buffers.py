@@ -260,6 +260,26 @@ class Filling:
         self.check()
         return has_room
 
+    async def call_off(self) -> None:
+        """Give up the uploads of a call that is over."""
+        pending = [upload for upload in self.uploads if upload.cancel()]
+        if pending:
+            await asyncio.wait(pending)
+
+    async def drain(self) -> None:
+        """Wait for the uploads. Raises as `raise_failures`."""
+        if self.uploads:
+            await asyncio.wait(self.uploads)
+        self.raise_failures()
+
+    def raise_failures(self) -> None:
+        """Raise the first error among the uploads, and as `check`."""
+        for upload in self.uploads:
+            error = upload.exception() if upload.done() and not upload.cancelled() else None
+            if error is not None:
+                raise error
+        self.check()
+
     def check(self) -> None:
         """`UpdateConflictError`, as the core has it, once it is over."""
         if self.is_over:
