@@ -34,6 +34,7 @@ _MAX_ROWS_SAMPLED = 1 << 18
 
 
 _FORM = attrgetter("shape", "dtype")
+_VERSION = attrgetter("_version")
 
 _AT_ONCE = frozenset({list, tuple, dict, OrderedDict, type({}.items()), type(OrderedDict().items())})
 """What runs no code of the caller between two of its pairs. Not their subclasses, which may."""
@@ -103,7 +104,7 @@ class HeldTensors:
         tensors, sights = ([], None) if is_sampled else _seen(named_tensors)
         if before is not None and sights == before.sights:
             self.listing, self.manifest = before, before.manifest
-            self._held += zip(sights.names, tensors, map(num_writes, tensors), repeat(None))
+            self._held += zip(sights.names, tensors, _numbers_of_writes(tensors), repeat(None))
             return
         manifest: list[TensorInfo] = []
         for name, tensor in named_pairs(named_tensors):
@@ -129,6 +130,13 @@ class HeldTensors:
                 message = f"{name} was written to after it was handed over; begin_update, stage and commit copy each"
                 raise WeightUpdateError(f"{message} tensor before the next is asked for", field=name)
             yield name, tensor
+
+
+def _numbers_of_writes(tensors: list[Any]) -> list[int]:
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:  # one is of inference mode
+        return list(map(num_writes, tensors))
 
 
 def _seen(named_tensors: Any) -> tuple[list[Any], Sights | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Final, Literal
@@ -41,7 +42,12 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensor, which is of a known dtype."""
-        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+        return _num_bytes(self.shape, self.dtype)
+
+
+@functools.lru_cache(1 << 12)
+def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * ELEMENT_BYTES[dtype]
 
 
 class WeightBytes(msgspec.Struct, frozen=True):

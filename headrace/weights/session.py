@@ -74,11 +74,14 @@ class StagedSet:
             raise WeightUpdateError(f"{info.name} was staged twice", field=info.name)
         return info
 
-    def mark(self, index: int) -> None:
-        """The tensor at `index` is whole and checked. Raises as `check`."""
-        self.check(index)
-        self._is_staged[index] = 1
-        self.num_staged += 1
+    def mark(self, indices: Iterable[int]) -> None:
+        """The tensors at `indices` are whole and checked. Raises as `check`."""
+        is_staged, size = self._is_staged, len(self._is_staged)
+        for index in indices:
+            if not 0 <= index < size or is_staged[index]:
+                self.check(index)
+            is_staged[index] = 1
+            self.num_staged += 1
 
     def forget(self, index: int) -> None:
         """The tensor at `index` has to come again, whether it has come or not."""
@@ -345,8 +348,7 @@ class WeightMachine:
         """The tensors at `indices` are whole. Raises as `check_stage`."""
         session = self.require(session_id)
         session.touch(now)
-        for index in indices:
-            session.staged.mark(index)
+        session.staged.mark(indices)
 
     def commit(self, session_id: int) -> bool:
         """Make the staged weights live: READY, new version, new epoch. False while the memory is at it: ask again.

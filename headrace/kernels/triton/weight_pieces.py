@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILE = Tile(32, WIDTH, 8)
+TILE = Tile(8, WIDTH, 8)
 SUMMED_TILE = Tile(128, 512, 4)
 _UNIT_BYTES = 2
 _ALIGNMENT = 8  # units that are moved at once, where every piece allows it
