@@ -126,3 +126,14 @@ def test_what_is_warm_is_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_launch", lambda *call: kinds.add((call[3], call[4])))
     module.warm(WORDS)
     assert len(kinds) == 4
+
+
+def test_more_pieces_than_a_launch_takes_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_PIECES", 2)
+    pieces = [
+        piece._replace(target=torch.zeros_like(piece.source)) for piece in pieces_of(torch.bfloat16, copies=False)
+    ]
+    results = move_pieces(pieces, WORDS).tolist()
+    for piece, (*lanes, is_bad) in zip(pieces, results, strict=True):
+        assert piece.target is not None and torch.equal(piece.source, piece.target)
+        assert shown(lanes) == sum_of(piece) and not is_bad

@@ -8,7 +8,7 @@ A piece is seen as int16 units; what the sums are is defined by `headrace.weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ SUMMED_TILE = Tile(128, 512, 4)
 _UNIT_BYTES = 2
 _ALIGNMENT = 8  # units that are moved at once, where every piece allows it
 _FIELDS = 7
+_MAX_PIECES = 512  # of a launch
 _EXPONENTS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80}
 Table = npt.NDArray[np.int64]
 Row = tuple[int, ...]
@@ -68,8 +69,8 @@ def move_rows(rows_of_pieces: Sequence[Row], words: Tensor, *, sums: bool = True
     rows = rows[rows[:, 3] > 0]
     is_uneven = (rows[:, :2] % (_ALIGNMENT * _UNIT_BYTES)).any(1) | (rows[:, 2:4] % _ALIGNMENT).any(1)
     for is_aligned, chosen in ((True, rows[~is_uneven]), (False, rows[is_uneven])):
-        if len(chosen):
-            _launch(chosen, words, results, is_aligned, sums)
+        for first in range(0, len(chosen), _MAX_PIECES):
+            _launch(chosen[first : first + _MAX_PIECES], words, results, is_aligned, sums)
     return results
 
 
@@ -83,17 +84,18 @@ def warm(words: Tensor) -> None:
 def _launch(rows: Table, words: Tensor, results: Tensor, is_aligned: bool, sums: bool) -> None:
     tile = SUMMED_TILE if sums else TILE
     start, count, height = rows[:, 2], rows[:, 3], WIDTH * tile.rows
-    num_blocks = ((start + count - 1) // height - start // height + 1) * (WIDTH // tile.columns)
-    which = np.repeat(np.arange(len(rows), dtype=np.int32), num_blocks)
-    number = np.arange(len(which), dtype=np.int32) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
-    blocks = np.stack([which, number.astype(np.int32)], axis=1)
-    _move[(len(blocks),)](
-        _on_device(rows, words.device),
-        _on_device(blocks, words.device),
+    blocks_of_pieces = ((start + count - 1) // height - start // height + 1) * (WIDTH // tile.columns)
+    first_blocks = np.full(_MAX_PIECES, np.iinfo(np.int64).max)
+    num_blocks = int(blocks_of_pieces.sum())
+    first_blocks[: len(rows)] = np.cumsum(blocks_of_pieces) - blocks_of_pieces
+    table = _on_device(np.concatenate((first_blocks, rows.reshape(-1))), words.device)
+    _move[(num_blocks,)](
+        table,
         words,
         results,
         IS_ALIGNED=is_aligned,
         SUMS=sums,
+        PIECES=_MAX_PIECES,
         FIELDS=_FIELDS,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -102,30 +104,34 @@ def _launch(rows: Table, words: Tensor, results: Tensor, is_aligned: bool, sums:
     )
 
 
-def _on_device(table: Any, device: torch.device) -> Tensor:
+def _on_device(table: Table, device: torch.device) -> Tensor:
     """A copy that nothing waits for: what is not pinned waits for the stream."""
-    host = torch.from_numpy(np.ascontiguousarray(table))
+    host = torch.from_numpy(table)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 @triton.jit
 def _move(
-    pieces,
-    blocks,
+    table,
     words,
     results,
     IS_ALIGNED: tl.constexpr,
     SUMS: tl.constexpr,
+    PIECES: tl.constexpr,
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One block of one piece. The sum over a column of units times the keys of their rows is multiplied by the key of
-    the column once, at the end: the loop has two products a unit. Of the units of a column the greatest is kept,
-    without their signs: where it has all bits of an exponent, one is not finite."""
-    block = blocks + 2 * tl.program_id(0).to(tl.int64)
-    about, number = pieces + tl.load(block).to(tl.int64) * FIELDS, tl.load(block + 1).to(tl.int64)
+    """One block of one piece: the table says which block is the first of each, then what the pieces are.
+
+    The sum over a column of units times the keys of their rows is multiplied by the key of the column once, at the end:
+    the loop has two products a unit. Of the units of a column the greatest is kept, without their signs: where it has
+    all bits of an exponent, one is not finite."""
+    block = tl.program_id(0).to(tl.int64)
+    piece = tl.sum((tl.load(table + tl.arange(0, PIECES)) <= block).to(tl.int32), 0) - 1
+    number = block - tl.load(table + piece)
+    about = table + PIECES + piece * FIELDS
     source, target = tl.load(about), tl.load(about + 1)
     first, count = tl.load(about + 2), tl.load(about + 3)
     exponent, is_wide = tl.load(about + 4).to(tl.int16), tl.load(about + 5)
