@@ -136,8 +136,9 @@ def _move(
     first, count = tl.load(about + 2), tl.load(about + 3)
     exponent, is_wide = tl.load(about + 4).to(tl.int16), tl.load(about + 5)
     result = results + tl.load(about + 6) * 3
-    if IS_ALIGNED:
-        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
+    units, places = source.to(tl.pointer_type(tl.int16)), target.to(tl.pointer_type(tl.int16))
+    if IS_ALIGNED:  # said of pointers: of the numbers that they are made of it would be forgotten
+        units, places = tl.multiple_of(units, 16), tl.multiple_of(places, 16)
         first, count = tl.multiple_of(first, 8), tl.multiple_of(count, 8)
     side: tl.constexpr = WIDTH // COLUMNS
     first_row = (first // (WIDTH * ROWS) + number // side) * ROWS
@@ -145,8 +146,6 @@ def _move(
     stop = tl.minimum(first_row + ROWS, (first + count + WIDTH - 1) // WIDTH)
     lane = tl.arange(0, COLUMNS)
     column = (number % side) * COLUMNS
-    units = source.to(tl.pointer_type(tl.int16))
-    places = target.to(tl.pointer_type(tl.int16))
     greatest = tl.zeros([COLUMNS], tl.int16)
     sum_0, sum_1 = tl.zeros([COLUMNS], tl.int64), tl.zeros([COLUMNS], tl.int64)
     if not SUMS:
