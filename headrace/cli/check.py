@@ -170,10 +170,10 @@ def _workspace(resolved: ResolvedConfig) -> int:
     engine, model = resolved.engine, resolved.share
     qkv_width = max((group.num_heads + 2 * group.num_kv_heads) * group.head_dim for group in model.kv_groups)
     width = max(layer.mlp.widest(model.hidden_size) for layer in model.layers) + model.hidden_size + qkv_width
-    activations = engine.max_num_batched_tokens * width * ELEMENT_BYTES[resolved.dtype]
+    activations = engine.max_step_tokens * width * ELEMENT_BYTES[resolved.dtype]
     copies = _GATHERED_COPIES if engine.tp_size > 1 else 0
     if resolved.device == "cuda":
         logits = engine.max_running_requests * model.vocab_size * _LOGITS_BYTES * (_CUDA_LOGITS_COPIES + copies)
         return logits + engine.max_running_requests * model.vocab_size * _COUNT_BYTES + activations
-    rows = min(engine.max_running_requests, engine.max_num_batched_tokens)
+    rows = min(engine.max_running_requests, engine.max_step_tokens)
     return rows * model.vocab_size * _LOGITS_BYTES * (_CPU_LOGITS_COPIES + copies) + activations

@@ -53,6 +53,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running_requests     sequences that may hold a slot at once; None: 512 on cuda, 256 on cpu
     max_waiting_requests     queue bound; more are refused with 503
     max_num_batched_tokens   token budget of one step; None: 2048, on cuda for wide models max_running_requests + 256
+    prefill_step_tokens      token budget of a step while few rows decode, so that prompts are computed in large pieces;
+                             None: 8192 on cuda, on cpu or where `max_num_batched_tokens` is given as much as that
+    max_step_ms              cuda: a step of `prefill_step_tokens` may take so long, as measured at the start, or they
+                             are fewer: rows that decode beside it wait for it
     prefix_cache             keep and match computed prefixes
     overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and with
                              stages one less than they are at least
@@ -105,6 +109,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running_requests: int | None = None
     max_waiting_requests: int = 65536
     max_num_batched_tokens: int | None = None
+    prefill_step_tokens: int | None = None
+    max_step_ms: float = 250.0
     prefix_cache: bool = True
     overlap_depth: int | None = None
     numerics: Literal["fast", "invariant"] = "fast"
@@ -147,8 +153,14 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
 
     max_running_requests: int
     max_num_batched_tokens: int
+    prefill_step_tokens: int = 1
     overlap_depth: int
     seed: int
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens of the largest step."""
+        return max(self.max_num_batched_tokens, self.prefill_step_tokens)
 
     @property
     def max_sequences(self) -> int:
@@ -180,6 +192,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_running_requests": (1, 65536),
     "max_waiting_requests": (1, 1 << 24),
     "max_num_batched_tokens": (1, 1 << 20),
+    "prefill_step_tokens": (1, 1 << 20),
+    "max_step_ms": (1.0, 1e6),
     "overlap_depth": (0, 8),
     "max_graph_tokens": (1, 1 << 16),
     "seed": (0, (1 << 64) - 1),

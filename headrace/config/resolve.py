@@ -37,6 +37,7 @@ _MODEL_DTYPES = ("float32", "bfloat16", "float16")
 STEP_TOKENS = 2048
 WIDE_HIDDEN_SIZE = 2048
 WIDE_PROMPT_TOKENS = 256
+PREFILL_TOKENS = 8192
 
 Value = TypeVar("Value")
 
@@ -325,11 +326,14 @@ def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Cho
     if config.overlap_depth is None and config.pp_size > 1:
         depth = max(sizes["overlap_depth"].value, config.pp_size - 1)
         sizes["overlap_depth"] = Chosen(depth, "each stage executes another step")
-    tokens = _given(config, "max_num_batched_tokens")
-    seed = _given(config, "seed")
+    given, seed = _given(config, "max_num_batched_tokens"), _given(config, "seed")
+    tokens = given or _step_tokens(device, model, sizes["max_running_requests"].value)
+    is_large = device == "cuda" and given is None and config.pp_size == 1 and tokens.value < PREFILL_TOKENS
+    alone = Chosen(PREFILL_TOKENS, "large products are the most efficient, and few rows wait") if is_large else tokens
     return {
         **sizes,
-        "max_num_batched_tokens": tokens or _step_tokens(device, model, sizes["max_running_requests"].value),
+        "max_num_batched_tokens": tokens,
+        "prefill_step_tokens": _given(config, "prefill_step_tokens") or alone,
         "seed": seed or Chosen(_draw_seed(), "drawn from the system for this start alone"),
     }
 
@@ -342,10 +346,7 @@ def _given(config: EngineConfig, name: str) -> Chosen[int] | None:
 def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> Chosen[int]:
     if device == "cpu" or model.hidden_size < WIDE_HIDDEN_SIZE:
         return Chosen(STEP_TOKENS, "long enough for the products to be efficient")
-    why = (
-        f"a chunk of {WIDE_PROMPT_TOKENS} beside all rows: products this wide are efficient at a few hundred tokens,"
-        " and prompts then ride along with decode steps"
-    )
+    why = f"a chunk of {WIDE_PROMPT_TOKENS} beside all rows: products this wide are efficient at a few hundred tokens"
     return Chosen(max_rows + WIDE_PROMPT_TOKENS, why)
 
 

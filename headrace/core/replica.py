@@ -80,6 +80,7 @@ def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
         max_running_requests=settings.max_running_requests,
         max_waiting_requests=settings.max_waiting_requests,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        prefill_step_tokens=settings.prefill_step_tokens,
         context_length=resolved.context_length,
         page_size=settings.page_size,
         num_pages=resolved.num_pages,

@@ -22,6 +22,7 @@ from headrace.attention import AttentionShape, build_device_backend
 from headrace.attention.base import DeviceAttention
 from headrace.attention.groups import GroupedAttention
 from headrace.config import ModelSpec, ResolvedConfig, share_of, stages_of
+from headrace.config.resolve import Explanation
 from headrace.kernels.cache import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
@@ -105,6 +106,7 @@ class DeviceRunner:
         if device.type == "cuda":
             self._steps.capture(parts.buckets.captured, parts.buckets.sampled, on_progress)
             self._steps.warm(parts.buckets.uncaptured)
+            self.resolved = _fit_steps(self.resolved, self._steps)
             parts.sampler.warm()
             warm(self.weights.sum_keys.words)  # for updates
             self._compiled.arm()
@@ -169,7 +171,7 @@ class _Parts:
         spec, engine = resolved.model, resolved.engine
         self.mesh = mesh
         max_rows = engine.max_running_requests
-        self.max_tokens = max(engine.max_num_batched_tokens, max_rows)
+        self.max_tokens = max(engine.max_step_tokens, max_rows)
         self.device = device = weights.device
         self._exact = exact
         self._dtype = weights.dtype
@@ -184,7 +186,8 @@ class _Parts:
             for group in share.kv_groups
         ]
         self.sampler = DeviceSampler(spec.vocab_size, max_rows, max_rows, device)
-        self.buckets = Buckets(max_rows, self.max_tokens, engine.max_graph_tokens)
+        most_captured = min(engine.max_graph_tokens, max(engine.max_num_batched_tokens, max_rows))
+        self.buckets = Buckets(max_rows, self.max_tokens, most_captured)
         self._hidden = torch.zeros(self.max_tokens, spec.hidden_size, dtype=weights.dtype, device=device)
 
     def steps(self, resolved: ResolvedConfig, graphs: Graphs, zeros: Zeros | None = None) -> StepRunner:
@@ -245,9 +248,25 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
     if resolved.num_pages:
         return resolved
     num_tokens = (plan.pages // page_bytes - 1) * engine.page_size
-    why = ("kv_pool_tokens", str(num_tokens), plan.explain())
-    others = tuple(entry for entry in resolved.explanations if entry[0] != why[0])
-    return resolved.with_pool(num_tokens, (*others, why))
+    return resolved.with_pool(num_tokens, _explained(resolved, "kv_pool_tokens", num_tokens, plan.explain()))
+
+
+def _explained(resolved: ResolvedConfig, name: str, value: int, why: str) -> tuple[Explanation, ...]:
+    """All explanations, with this one of a setting."""
+    return *(entry for entry in resolved.explanations if entry[0] != name), (name, str(value), why)
+
+
+def _fit_steps(resolved: ResolvedConfig, steps: StepRunner) -> ResolvedConfig:
+    """Steps that bring prompts beside few rows have as many tokens as `max_step_ms` allows."""
+    engine = resolved.engine
+    most, milliseconds = engine.max_step_tokens, steps.greatest_ms()
+    if engine.prefill_step_tokens <= engine.max_num_batched_tokens or milliseconds <= engine.max_step_ms:
+        return resolved
+    tokens = max(engine.max_num_batched_tokens, int(most * engine.max_step_ms / milliseconds))
+    why = f"a step of {most} took {milliseconds:.0f} ms, and max_step_ms is {engine.max_step_ms:g}"
+    explanations = _explained(resolved, "prefill_step_tokens", tokens, why)
+    engine = msgspec.structs.replace(engine, prefill_step_tokens=tokens)
+    return msgspec.structs.replace(resolved, engine=engine, explanations=explanations)
 
 
 def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:

@@ -140,6 +140,19 @@ class StepRunner:
             self._launches.sample(num_rows, truncated=True)
             self._launches.logits_of(slice(0, num_rows)).clone()  # prompt scores work on a copy at times
 
+    def greatest_ms(self) -> float:
+        """Milliseconds that a CUDA device takes for the forward launches of the greatest step: over padding, so without
+        attention to anything."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), self._exact.guard:
+            self._launches.make_empty()
+            self._launches.forward(self._buckets.greatest)
+            begin.record()
+            self._launches.forward(self._buckets.greatest)
+            end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
     def _give_back(self, host: HostStep) -> None:
         if self._is_cuda:
             torch.cuda.current_stream().synchronize()  # nothing may read the host copy when it is taken again

@@ -12,9 +12,13 @@ from headrace.types.request import Int32Array, Request, check_prompt_length
 
 MAX_PRIORITY = 1 << 20
 
+FEW_ROWS = 128
+"""Running sequences that may wait for a large step of prompts: more would lose more than prompts gain."""
+
 
 class SchedulerLimits(msgspec.Struct, frozen=True):
     """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased.
+    While FEW_ROWS run at most, a step has `prefill_step_tokens`, if that is more.
     `max_page_moves` are copied to the host, and from it, beside one step at most. With several cohorts the rows that
     sample take turns, and none is in two steps at once: an unknown token is nobody's input."""
 
@@ -30,6 +34,7 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     num_host_pages: int = 0
     max_page_moves: int = 1
     num_cohorts: int = 1
+    prefill_step_tokens: int = 0
 
     @property
     def max_total_num_tokens(self) -> int:
@@ -45,6 +50,11 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     def num_slots(self) -> int:
         """Sequences that can run at once: each needs a page."""
         return min(self.max_running_requests, self.num_pages - 1)
+
+    def step_tokens(self, num_running: int) -> int:
+        """The token budget of a step."""
+        few = self.prefill_step_tokens if num_running <= FEW_ROWS else 0
+        return max(self.max_num_batched_tokens, few)
 
     def num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)

@@ -67,8 +67,8 @@ class StepPlanner:
         offload = self._roster.leases.offload
         if offload is not None:
             offload.begin_step()
-        budget = self._limits.max_num_batched_tokens
         order = self._roster.order()
+        budget = self._limits.step_tokens(len(order))
         if len(order):
             budget -= self._add_running(builder, order, budget)
         if budget > 0:

@@ -67,6 +67,7 @@ OPEN = {
     "attention_backend",
     "max_running_requests",
     "max_num_batched_tokens",
+    "prefill_step_tokens",
     "overlap_depth",
     "seed",
 }
@@ -260,7 +261,7 @@ def test_what_was_asked_is_otherwise_untouched(folder: Path) -> None:
     asked = EngineConfig(model=str(folder), page_size=4, seed=7, cuda_graphs=False, max_graph_tokens=64)
     settled = resolve(asked, folder, devices=(H200,), software=FULL).engine
     differing = {name for name in EngineConfig.__struct_fields__ if getattr(asked, name) != getattr(settled, name)}
-    assert differing == {"max_running_requests", "max_num_batched_tokens", "overlap_depth"}
+    assert differing == {"max_running_requests", "max_num_batched_tokens", "prefill_step_tokens", "overlap_depth"}
 
 
 def test_without_a_seed_every_start_has_its_own_and_says_which(folder: Path) -> None:
@@ -282,6 +283,17 @@ def test_prompts_of_wide_models_ride_along_with_decode_steps(folder: Path) -> No
     assert on_cuda(folder).engine.max_num_batched_tokens == 512 + 256
     assert on_cuda(folder, max_running_requests=100).engine.max_num_batched_tokens == 356
     assert on_cuda(folder, max_num_batched_tokens=9000).engine.max_num_batched_tokens == 9000
+
+
+def test_prompts_come_in_large_pieces_while_few_rows_decode(folder: Path) -> None:
+    """On a device, unless the size of steps is given: one number then says it all."""
+    write(folder, hidden_size=4096)
+    assert on_cuda(folder).engine.prefill_step_tokens == on_cuda(folder).engine.max_step_tokens == 8192
+    assert resolved(folder).engine.prefill_step_tokens == 2048
+    assert on_cuda(folder, max_num_batched_tokens=1000).engine.prefill_step_tokens == 1000
+    assert on_cuda(folder, max_running_requests=9000).engine.prefill_step_tokens == 9256
+    both = on_cuda(folder, max_num_batched_tokens=1000, prefill_step_tokens=300).engine
+    assert (both.prefill_step_tokens, both.max_step_tokens) == (300, 1000)
 
 
 def test_the_kernel_cache_is_a_folder_by_its_whole_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

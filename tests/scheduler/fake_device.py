@@ -83,7 +83,8 @@ class FakeDevice:
         assert plan.epoch == self.epoch, "a plan for other weights"
         slots, starts, lengths = plan.row_slots.tolist(), plan.row_starts.tolist(), plan.row_lengths.tolist()
         assert sum(lengths) > 0 or len(plan.page_moves), "a plan of nothing"
-        assert sum(lengths) <= self.limits.max_num_batched_tokens, "over the token budget"
+        num_before = len(slots) - len(plan.new_slots)
+        assert sum(lengths) <= self.limits.step_tokens(num_before), "over the token budget"
         assert min(lengths, default=1) >= 1 and len(plan.token_ids) == sum(lengths)
         assert len(set(slots)) == len(lengths), "two rows of one slot"
         moved = self._begin_moves(plan)

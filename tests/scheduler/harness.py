@@ -363,4 +363,5 @@ def random_limits(random_: random.Random, overlap_depth: int, num_cohorts: int =
         num_host_pages=random_.choice((0, 0, 1, 4, 30)),
         max_page_moves=random_.choice((1, 3, 100)),
         num_cohorts=num_cohorts,
+        prefill_step_tokens=random_.choice((0, 1, 12, 40)),
     )

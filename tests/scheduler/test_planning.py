@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from headrace.scheduler import limits
 from headrace.scheduler.prefix_groups import find_groups
 from headrace.types.plan import LAST_TOKEN
 from headrace.types.sampling_params import LogprobOptions
@@ -49,6 +51,16 @@ def test_long_prompts_are_computed_in_chunks() -> None:
     ]
     assert [plan.row_samples.tolist() for plan in plans] == [[False], [False], [True], [True]]
     assert scheduler.metrics()["num_chunked_prompts"] == 1
+
+
+def test_while_few_run_a_step_takes_more_of_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "FEW_ROWS", 2)
+    scheduler = make(max_num_batched_tokens=4, prefill_step_tokens=10)
+    for handle, length in enumerate((8, 20, 9)):
+        scheduler.add(request(handle, [handle + 1] * length, 9), 0.0)
+    lengths = [[length for _, _, length in rows(step(scheduler)[0])] for _ in range(5)]
+    assert lengths[:2] == [[8, 2], [1, 9]] and lengths[2] == [1, 9] and lengths[3] == [1, 1, 8]
+    assert lengths[4] == [1, 1, 1]
 
 
 def test_more_rows_than_budget_are_served_by_rank() -> None:
