@@ -95,6 +95,7 @@ def test_a_generator_may_gather_each_tensor_with_a_collective(
     assert [error[1] for error, *_ in seen[0]] == ["load_format", "rank", bodies.NORM, bodies.NORM, ""]
 
 
+@pytest.mark.usefixtures("cold_processes")
 @pytest.mark.parametrize("options", [ENGINE, SERVER], ids=["engine", "server"])
 def test_what_a_rank_brings_next_is_not_part_of_an_update_that_it_gave_up(
     folder: str, newer: str, options: dict[str, Any]
