@@ -38,6 +38,7 @@ MODULES = (
     "headrace.core.rank_process",
     "tests.core.device_rank",
     "tests.core.faulty_rank",
+    "tests.core.quick_rank",
     "tests.engine.group_trainer",
     "tests.faults.trainer",
     "tests.server.bucket_client",
