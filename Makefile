@@ -24,7 +24,7 @@
 # PIP_ARGS  added to every `pip install`, e.g. PIP_ARGS="--no-index --find-links /path/to/wheels" without a network, or
 #           PIP_ARGS="--find-links /path/to/a/cpu/build" for a torch without the CUDA libraries
 # ARGS      added to the command of all targets but check, bench and clean, e.g. make test ARGS="tests/cache -k evict"
-# WORKERS   processes of make test
+# WORKERS   processes of make test; one more than two cores, as tests wait now and then
 # SOAK      seconds that the soak test of make test-gpu runs
 # GPU_WORKERS  processes of make test-gpu, which share the device
 # PYTHON_GPU  an interpreter that has torch and all else already, e.g. PYTHON_GPU=python3: test-gpu and bench-gpu run in
@@ -35,7 +35,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 PIP_ARGS ?=
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 GPU_WORKERS ?= 8
 SOAK ?= 20
 PYTHON_GPU ?=
@@ -49,9 +49,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
-
-# Tests start some hundred processes: what they import is compiled once, whatever the environment says.
+# What is imported is compiled then, once, whatever the environment says: of what is installed it is a small part.
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt $(PIP_ARGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 # Kept: a chain of patterns would have it removed as intermediate.
@@ -102,11 +102,11 @@ test-frameworks: $(FRAMEWORKS:%=test-framework-%)
 
 .venv-%/installed.stamp: pyproject.toml constraints.txt tests/frameworks/%/requirements.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet hatchling editables $(PIP_ARGS)
-	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
+	.venv-$*/bin/python $(PIP_INSTALL) hatchling editables $(PIP_ARGS)
+	.venv-$*/bin/python $(PIP_INSTALL) --no-build-isolation \
 	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' $(PIP_ARGS)
-	alone=tests/frameworks/$*/without_dependencies.txt; test ! -f $$alone || .venv-$*/bin/python -m pip \
-	  --disable-pip-version-check install --quiet --no-deps --requirement $$alone $(PIP_ARGS)
+	alone=tests/frameworks/$*/without_dependencies.txt; test ! -f $$alone || .venv-$*/bin/python \
+	  $(PIP_INSTALL) --no-deps --requirement $$alone $(PIP_ARGS)
 	@touch $@
 
 test-framework-%: .venv-%/installed.stamp

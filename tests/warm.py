@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ MODULES = (
     "headrace.core.rank_process",
     "tests.core.device_rank",
     "tests.core.faulty_rank",
+    "tests.core.quick_rank",
     "tests.engine.group_trainer",
     "tests.faults.trainer",
     "tests.server.bucket_client",
@@ -123,6 +124,10 @@ def _replaced(start: Any) -> Iterator[None]:
         _Popen._execute_child = before
 
 
+def are_starts_warm() -> bool:
+    return _Popen._execute_child is not _cold_start
+
+
 def _start_of(asked: dict[str, Any]) -> Start | None:
     """None for what has to start cold."""
     words = asked["args"]
@@ -148,21 +153,17 @@ _ENVIRONMENT = dict(os.environ)
 
 
 class Template:
-    """The process that has imported everything, and does nothing but fork."""
+    """The process that has imported everything, and does nothing but fork.
 
-    def __init__(self) -> None:
+    `begin` has it serve a socket; what it returns waits for its end.
+    """
+
+    def __init__(self, begin: Callable[[socket.socket], Callable[[float], Any]] | None = None) -> None:
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(SECONDS)
-        command = [sys.executable, "-P", "-m", "tests.warm", str(theirs.fileno()), "-" * _NAME_BYTES]
         with theirs:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**_ENVIRONMENT, "PYTHONPATH": python_path()},
-            )
+            self._wait = (begin or _started)(theirs)
 
     def start(self, wanted: Start, descriptors: list[int]) -> int:
         """Its child is no child of ours until the process between them has ended: then it is, as no process nearer to
@@ -173,7 +174,33 @@ class Template:
 
     def close(self) -> None:
         self._socket.close()
-        self._process.wait(SECONDS)
+        self._wait(SECONDS)
+
+
+def _started(connection: socket.socket) -> Callable[[float], Any]:
+    number = connection.fileno()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "tests.warm", str(number), "-" * _NAME_BYTES],
+        pass_fds=[number],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**_ENVIRONMENT, "PYTHONPATH": python_path()},
+    )
+    return process.wait
+
+
+def forked(connection: socket.socket) -> Callable[[float], Any]:
+    """A template that is forked off this process, which has one thread. It ends with this one."""
+    if not os.fork():
+        try:
+            os.dup2(connection.fileno(), 3)
+            os.closerange(4, 1 << 16)
+            main(3)
+        except BaseException:  # process entry point
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    return lambda _: None
 
 
 @contextlib.contextmanager

@@ -65,7 +65,10 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = save_model(model, tmp_path_factory.mktemp("tiny"))
     found: Executor
     if request.param in LAYOUTS:
-        found = start_two(folder, SETTINGS | LAYOUTS[request.param])
+        with pytest.MonkeyPatch.context() as patch:
+            if "triton" in request.param:
+                patch.setattr("headrace.ipc.rank_spawn.RANK_MODULE", "tests.core.quick_rank")
+            found = start_two(folder, SETTINGS | LAYOUTS[request.param])
     else:
         config = EngineConfig(model=str(folder), attention_backend=request.param, **SETTINGS)
         found = LocalExecutor(build_runner(resolve(config, folder)))

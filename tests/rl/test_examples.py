@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import runpy
-import subprocess
 import sys
 
 import pytest
+from torch import distributed
 
 from headrace import Engine, serve
 from headrace.rl.demo import POLICY
-from tests.arch.source import ROOT, child_environment
-
-
-def _run(script: str, *runner: str) -> str:
-    environment = child_environment()
-    command = [sys.executable, *runner, str(ROOT / "examples" / script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.arch.source import ROOT
+from tests.engine.test_weight_groups import free_port
+from tests.rl.trainer_ranks import run_ranks
 
 
 def _run_here(script: str, *arguments: str) -> str:
-    """As `_run`, in this process, which has imported all that it needs."""
+    """What it prints, in this process, which has imported all that it needs."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(sys, "argv", [script, *arguments])
@@ -65,9 +60,17 @@ def test_generate_and_score() -> None:
     assert len(differences) == 4 and max(differences) < 1e-4
 
 
+def run_as_rank(rank: int, script: str, port: int) -> str:
+    """What it prints as a rank of two of torchrun, of which it knows what is in the environment."""
+    distributed.destroy_process_group()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {key: str(of) for key, of in place.items()}
+    return _run_here(script)
+
+
 def test_verl_engine() -> None:
-    output = _run("verl_engine.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert re.findall(r"version (\d) of \d+ tensors: '", output) == ["0", "1"]
+    leading, following = run_ranks(2, run_as_rank, "verl_engine.py", free_port())
+    assert re.findall(r"version (\d) of \d+ tensors: '", leading) == ["0", "1"] and following == ""
 
 
 def test_push_while_generating() -> None:

@@ -3,6 +3,7 @@ runs a function of a test. Where NCCL is part of it each has a device of its own
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import socket
 import time
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import distributed
 
+from tests import warm
+
 SECONDS = 120.0
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
-PRELOADED = ["tests.rl.verl_bodies", "tests.rl.rank_scenarios", "tests.engine.rank_group_bodies"]
+PRELOADED = [*warm.IMPORTS, "tests.rl.verl_bodies", "tests.rl.rank_scenarios", "tests.engine.rank_group_bodies"]
 PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 """What all processes would load, and so only one does."""
 
@@ -59,7 +62,8 @@ class StartedRanks:
 
 
 def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -> StartedRanks:
-    """As `run_ranks`, without waiting. `body` is a function of a module, by its name."""
+    """As `run_ranks`, without waiting. `body` is a function of a module, by its name. Processes that it starts are warm
+    where this process's are."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     context: Any = multiprocessing.get_context("spawn" if "nccl" in backend else "forkserver")  # CUDA minds forks
@@ -67,7 +71,8 @@ def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -
     processes, answers = [], []
     for rank in range(num_ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(rank, num_ranks, port, backend, theirs, body, args))
+        meeting = rank, num_ranks, port, backend
+        process = context.Process(target=_run, args=(*meeting, warm.are_starts_warm(), theirs, body, args))
         process.start()
         theirs.close()
         processes.append(process)
@@ -76,14 +81,23 @@ def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -
 
 
 def _run(
-    rank: int, num_ranks: int, port: int, backend: str, answer: Connection, body: Body, args: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    port: int,
+    backend: str,
+    starts_warm: bool,
+    answer: Connection,
+    body: Body,
+    args: tuple[Any, ...],
 ) -> None:
+    starts = warm.warm_starts(warm.Template(warm.forked)) if starts_warm else contextlib.nullcontext()
     torch.set_num_threads(1)
     try:
         if "nccl" in backend:
             torch.cuda.set_device(rank)
         distributed.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
-        answer.send((True, body(rank, *args)))
+        with starts:
+            answer.send((True, body(rank, *args)))
     except BaseException:
         answer.send((False, traceback.format_exc()))
         raise

@@ -18,10 +18,10 @@ SETTINGS: dict[str, Any] = {"num_threads": 1, "page_size": 4, "kv_pool_tokens": 
 SCRIPT = ("I will add. ", "<tool_call>", '\n{"name": "add", ', '"arguments": {"a": 1, "b": 2}}\n', "</tool_call>")
 
 
-def save_random_model(folder: Path, seed: int = 0) -> Path:
+def save_random_model(folder: Path, seed: int = 0, *, num_layers: int = 2) -> Path:
     """A random model whose distribution is far from flat, with a byte-level tokenizer; returns the folder."""
     torch.manual_seed(seed)
-    Qwen3ForCausalLM(_config(hidden_size=32, num_layers=2)).save_pretrained(folder)
+    Qwen3ForCausalLM(_config(hidden_size=32, num_layers=num_layers)).save_pretrained(folder)
     builders.byte_level().save_pretrained(folder)
     return folder
 
