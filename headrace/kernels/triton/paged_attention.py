@@ -17,7 +17,7 @@ tokens, H query heads, G kv heads, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from torch import Tensor
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.dependent_launch import launch_options
 from headrace.kernels.triton.float8 import as_pairs, even_halves, is_float8, odd_halves
+from headrace.kernels.triton.hopper_prefill import HopperPrefill, HopperTile, choose_hopper_tile
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
 from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, LaunchBounds, WorkLimits
 
@@ -296,11 +297,13 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """The variants of both item classes, and of launches of few decode items (same BLOCK_M as `decode`)."""
+    """The variants of both item classes, of launches of few decode items (same BLOCK_M as `decode`), and where
+    `hopper_prefill` runs prefill items instead (as many rows as `prefill`)."""
 
     decode: AttentionTile
     prefill: AttentionTile
     few: AttentionTile | None = None
+    hopper: HopperTile | None = None
 
     def tokens(self, group_size: int) -> TileSizes:
         """Query tokens per item of each class, for `group_size` query heads per kv head."""
@@ -356,6 +359,10 @@ class PagedAttention:
             or choose_tiles(self.group_size, shape.head_dim, dtype, invariant=fixed_split is not None, packed=packed)
             for packed in (False, True)
         )
+        if tiles is None and fixed_split is None:
+            self._tiles = replace(self._tiles, hopper=choose_hopper_tile(shape, page_size, dtype, device))
+        hopper = self._tiles.hopper
+        self._hopper = None if hopper is None else HopperPrefill(hopper, shape, page_size, limits, device, pdl=pdl)
         self._shape = shape
         self._page_size = page_size
         self._split = fixed_split or 0
@@ -394,7 +401,11 @@ class PagedAttention:
         if bounds.decode:
             few = tiles.few if bounds.decode * self._shape.num_kv_heads <= FEW_PROGRAMS else None
             self._launch(few or tiles.decode, DECODE, bounds.decode, *operands)
-        if bounds.prefill:
+        if bounds.prefill and self._hopper is not None and keys.dtype == q_THD.dtype:
+            self._hopper.launch(
+                bounds.prefill, q_THD, keys, values, page_table, metadata, self._partial, self._lse, out_THD
+            )
+        elif bounds.prefill:
             self._launch(tiles.prefill, PREFILL, bounds.prefill, *operands)
         if bounds.merged:
             self._merge(bounds.merged, metadata, out_THD)

@@ -215,10 +215,11 @@ class CutRules:
         return Cut(split, splits, parts, before, token_parts, partial_ends, int(parts.sum()) - num_prefill, num_prefill)
 
     def _prefill_splits(self, own: Int64Array, is_prefill: npt.NDArray[np.bool_]) -> Int64Array:
-        """Per tile: long prompts are cut only where there are too few tiles to fill the device."""
+        """Per tile: long prompts are cut only where there are too few tiles to fill the device. Parts begin at whole
+        pages of any size."""
         num_programs = int(np.count_nonzero(is_prefill)) * self._num_kv_heads
         num_parts = min(_MAX_PREFILL_PARTS, ceil_divide(_TARGET_PREFILL_PROGRAMS, num_programs))
-        return np.maximum(ceil_divide(own, num_parts), _MIN_PREFILL_SPLIT)
+        return np.maximum(ceil_divide(ceil_divide(own, num_parts), _MIN_SPLIT) * _MIN_SPLIT, _MIN_PREFILL_SPLIT)
 
     def _first_split(self, num_positions: int, bound: int) -> int:
         """More than an equal share of the programs that run at once: so no part of full length waits for a place, and

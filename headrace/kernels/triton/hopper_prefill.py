@@ -1,0 +1,475 @@
+"""Attention of prompts on Hopper: the prefill items of `work_items`, as its matrix units want them fed.
+
+Owns the kernel, its tile sizes and what it can run. The algorithm is FlashAttention-3's (Shah et al., 2024): warps that
+only fetch, and groups of four warps that multiply, 64 query rows each. A group asks for the scores of the next block
+before it computes the weights of the block at hand, so matrix unit and exponentials are busy at once, and groups take
+turns at the matrix unit. Keys and values come by TMA, a page of one KV head at a time, into tiles of BLOCK_N positions
+that are held as halves of 64 columns: so the rows of a page are one run of 128-byte rows, swizzled as the unit reads
+them. A program walks several (item, KV head) pairs, its fetching warps ahead of the others.
+
+Blocks go from the last to the first: what has to be masked comes first. Legend: T packed tokens, H query heads, G kv
+heads, D head size.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from headrace.kernels.paged_kv import AttentionShape
+from headrace.kernels.triton.dependent_launch import launch_options
+from headrace.kernels.triton.work_items import ITEM_SIZE, PREFILL, WorkLimits
+
+HEAD_DIMS = (64, 128)
+PAGE_SIZES = (16, 32, 64)
+DTYPES = (torch.bfloat16, torch.float16)
+"""What the kernel can run: of queries, and of the pools that it meets."""
+
+_LOG2_E = 1.4426950408889634
+
+_ITEM_SIZE = gl.constexpr(ITEM_SIZE)
+_HEADER = gl.constexpr(2 * PREFILL)
+_HALF = gl.constexpr(64)  # columns of a 128-byte row
+_ROWS = gl.constexpr(64)  # query rows of a group of warps
+_FIRST_BARRIER = gl.constexpr(9)  # named barriers below are Triton's
+_fetch_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@builtin
+def _seen_as(memory, shape, _semantic=None):
+    """The same bytes as tiles of another shape."""
+    sizes = [getattr(size, "value", size) for size in shape]
+    return _semantic.memdesc_reinterpret(memory, memory.dtype, sizes, memory.layout)
+
+
+@gluon.jit
+def _take_turn(GROUP: gl.constexpr):
+    """Wait until the group before has issued its products."""
+    gl.inline_asm_elementwise(
+        f"bar.sync {_FIRST_BARRIER + GROUP}, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _pass_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    """Let the next group go."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive {_FIRST_BARRIER + (GROUP + 1) % GROUPS}, 256; mov.u32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _computed(mass):
+    """The same sums; nothing that comes after is begun before they are there. A branch holds the assembler to that,
+    which else waits for products before it computes weights. It is never taken: no sum is that large."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred %again;
+            .reg .f32 %greater;
+            max.f32 %greater, $2, $3;
+            setp.gt.f32 %again, %greater, 0f7E967699;
+            AGAIN:
+            vote.sync.any.pred %again, %again, 0xffffffff;
+            @!%again bra.uni DONE;
+            nanosleep.u32 64;
+            bra.uni AGAIN;
+            DONE:
+            mov.f32 $0, $2;
+            mov.f32 $1, $3;
+        }
+        """,
+        "=f,=f,f,f", [mass], dtype=gl.float32, is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _place(turn, total):
+    """The pair of a program's turn: programs go there and back, for the longest pairs come first."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    if turn % 2 == 1:
+        place = programs - 1 - place
+    return turn * programs + place
+
+
+@gluon.jit
+def _page_numbers(table, first, end, PAGE: gl.constexpr, PAGES: gl.constexpr):
+    """Pages of the positions from `first` on; page 0, which is finite, behind the end."""
+    pages = ()
+    for place in gl.static_range(PAGES):
+        position = first + place * PAGE
+        page = gl.load(table + position // PAGE, mask=position < end, other=0)
+        pages = pages + (page,)
+    return pages
+
+
+@gluon.jit
+def _fetch(pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Fill tiles with the keys, or the values, of all blocks of all pairs of this program, as they become free."""
+    pages_of, tiles, ready, free, table_ptr, table_stride = pool
+    PAGES: gl.constexpr = BLOCK_N // PAGE
+    HALVES: gl.constexpr = tiles.type.shape[0] // (STAGES * PAGES)
+    header, items = work
+    total = gl.load(header + 1) * NUM_KV
+    items += gl.load(header) * _ITEM_SIZE
+    count = 0
+    for turn in range(gl.cdiv(total, gl.num_programs(0))):
+        index = _place(turn, total)
+        if index < total:
+            head = index % NUM_KV
+            item = items + index // NUM_KV * _ITEM_SIZE
+            table = table_ptr + gl.load(item + 2).to(gl.int64) * table_stride
+            first, end = gl.load(item + 3), gl.load(item + 4)
+            num_blocks = gl.cdiv(end - first, BLOCK_N)
+            pages = _page_numbers(table, first + (num_blocks - 1) * BLOCK_N, end, PAGE, PAGES)
+            for behind in range(num_blocks):
+                before = gl.maximum(num_blocks - 2 - behind, 0)
+                next_pages = _page_numbers(table, first + before * BLOCK_N, end, PAGE, PAGES)
+                stage = count % STAGES
+                bar = ready.index(stage)
+                mbarrier.wait(free.index(stage), count // STAGES % 2 ^ 1)
+                mbarrier.expect(bar, HALVES * BLOCK_N * _HALF * 2)
+                for half in gl.static_range(HALVES):
+                    for place in gl.static_range(PAGES):
+                        box = tiles.index((stage * HALVES + half) * PAGES + place)
+                        _fetch_box(pages_of, [(pages[place] * NUM_KV + head) * PAGE, half * _HALF], bar, box)
+                count += 1
+                pages = next_pages
+
+
+@gluon.jit
+def _multiply_keys(queries, keys):
+    """Scores of a tile of keys, to be waited for."""
+    BLOCK_N: gl.constexpr = keys.type.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zeros = gl.zeros([_ROWS, BLOCK_N], gl.float32, layout)
+    return hopper.warpgroup_mma(queries, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _weights(scores, m, mass, scale_log2, start, end, q_position, MASKED: gl.constexpr):
+    """Weights of one block of scores, and the new maximum and sum with the factor of what was summed before."""
+    layout: gl.constexpr = scores.type.layout
+    BLOCK_N: gl.constexpr = scores.type.shape[1]
+    if MASKED:
+        position = (start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout)))[None, :]
+        scores = gl.where((position <= q_position[:, None]) & (position < end), scores, -1e30)
+    new_m = gl.maximum(m, gl.max(scores, 1) * scale_log2)  # never below -1e20: a masked score has weight 0 exactly
+    weights = gl.exp2(scores * scale_log2 - new_m[:, None])
+    factor = gl.exp2(m - new_m)
+    return weights, new_m, mass * factor + gl.sum(weights, 1), factor
+
+
+@gluon.jit
+def _step(
+    queries, tiles, bars, state, count, start, end, q_position, scale_log2, GROUP: gl.constexpr, MASKED: gl.constexpr,
+    TURNS: gl.constexpr, HOLD: gl.constexpr,
+):  # fmt: skip
+    """The scores of the block at `start`, the `count`th of this program, and meanwhile the values of the one before.
+
+    state   (weights of the block before, maximum, sum, weighted values without that block)
+    """
+    keys, values = tiles
+    keys_ready, keys_free, values_ready, values_free = bars
+    weights, m, mass, acc = state
+    STAGES: gl.constexpr = keys.type.shape[0]
+    stage, old = count % STAGES, (count - 1) % STAGES
+    mbarrier.wait(keys_ready.index(stage), count // STAGES % 2)
+    if TURNS > 0:
+        _take_turn(GROUP)
+    scores = _multiply_keys(queries, keys.index(stage))
+    mbarrier.wait(values_ready.index(old), (count - 1) // STAGES % 2)
+    acc = hopper.warpgroup_mma(weights, values.index(old), acc, is_async=True)
+    if TURNS > 0:
+        _pass_turn(GROUP, TURNS)
+    scores = hopper.warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(keys_free.index(stage), count=1)
+    wide, m, mass, factor = _weights(scores, m, mass, scale_log2, start, end, q_position, MASKED)
+    if HOLD == 1:
+        mass = _computed(mass)
+    acc, mass = hopper.warpgroup_mma_wait(0, deps=[acc, mass])  # not before the weights are summed
+    mbarrier.arrive(values_free.index(old), count=1)
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+    weights = gl.convert_layout(wide.to(weights.dtype), weights.type.layout)
+    return weights, m, mass, acc
+
+
+@gluon.jit
+def _load_queries(q_ptr, q_stride, rows, tile, GQA: gl.constexpr, GROUP: gl.constexpr):
+    """A group's query rows into its tile. rows: (first token, number of tokens, KV head)."""
+    q_start, num_q, head = rows
+    HEAD_DIM: gl.constexpr = tile.type.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    row = GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    offset = (q_start + row // GQA).to(gl.int64) * q_stride + (head * GQA + row % GQA) * HEAD_DIM
+    q = gl.load(q_ptr + offset[:, None] + dims[None, :], mask=(row < num_q * GQA)[:, None], other=0.0)
+    tile.store(q)
+    hopper.fence_async_shared()
+
+
+@gluon.jit
+def _write(outputs, rows, part, m, mass, acc, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
+    """The rows' outputs, or their partial results. rows: as above."""
+    out_ptr, out_stride, partial_ptr, lse_ptr, first_partials = outputs
+    q_start, num_q, head = rows
+    HEAD_DIM: gl.constexpr = acc.type.shape[1]
+    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    row = GROUP * _ROWS + gl.arange(0, _ROWS, layout)
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc.type.layout))
+    token, q_head, valid = q_start + row // GQA, head * GQA + row % GQA, row < num_q * GQA
+    seen = mass > 0
+    divisor = gl.where(seen, mass, 1.0)
+    acc = acc * gl.convert_layout(1.0 / divisor, layout)[:, None]
+    if part < 0:
+        at = token.to(gl.int64) * out_stride + q_head * HEAD_DIM
+        gl.store(out_ptr + at[:, None] + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    else:
+        lse = gl.convert_layout(gl.where(seen, m + gl.log2(divisor), -1e30), layout)
+        partial = gl.load(first_partials + token, mask=valid, other=0) + part
+        result = partial.to(gl.int64) * (NUM_KV * GQA) + q_head
+        gl.store(partial_ptr + result[:, None] * HEAD_DIM + dims[None, :], acc, mask=valid[:, None])
+        gl.store(lse_ptr + result, lse, mask=valid)
+
+
+@gluon.jit
+def _attend_pair(
+    queries, tiles, bars, count, item, scale_log2, GQA: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr,
+):  # fmt: skip
+    """All blocks of one pair: greatest score, mass and weighted values of a group's rows, and the blocks counted on."""
+    keys, values = tiles
+    keys_ready, keys_free, values_ready, values_free = bars
+    STAGES: gl.constexpr = keys.type.shape[0]
+    BLOCK_N: gl.constexpr = keys.type.shape[1]
+    HEAD_DIM: gl.constexpr = keys.type.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    first, end, first_position = gl.load(item + 3), gl.load(item + 4), gl.load(item + 6)
+    q_position = first_position + (GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, s_layout))) // GQA
+    num_blocks = gl.cdiv(end - first, BLOCK_N)
+    num_unmasked = gl.maximum(gl.minimum(end, first_position + 1) - first, 0) // BLOCK_N
+    m = gl.full([_ROWS], -1e20, gl.float32, gl.SliceLayout(1, s_layout))
+    mass = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+    acc = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
+
+    stage = count % STAGES
+    mbarrier.wait(keys_ready.index(stage), count // STAGES % 2)
+    scores = _multiply_keys(queries, keys.index(stage))
+    scores = hopper.warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(keys_free.index(stage), count=1)
+    start = first + (num_blocks - 1) * BLOCK_N
+    wide, m, mass, _ = _weights(scores, m, mass, scale_log2, start, end, q_position, True)
+    weights = gl.convert_layout(wide.to(keys.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    count += 1
+    for start in range(first + (num_blocks - 2) * BLOCK_N, first + num_unmasked * BLOCK_N - 1, -BLOCK_N):
+        weights, m, mass, acc = _step(
+            queries,
+            tiles,
+            bars,
+            (weights, m, mass, acc),
+            count,
+            start,
+            end,
+            q_position,
+            scale_log2,
+            GROUP,
+            True,
+            TURNS,
+            HOLD,
+        )
+        count += 1
+    for _ in range(gl.minimum(num_blocks - 1, num_unmasked)):
+        weights, m, mass, acc = _step(
+            queries,
+            tiles,
+            bars,
+            (weights, m, mass, acc),
+            count,
+            0,
+            0,
+            q_position,
+            scale_log2,
+            GROUP,
+            False,
+            TURNS,
+            HOLD,
+        )
+        count += 1
+    stage = (count - 1) % STAGES
+    mbarrier.wait(values_ready.index(stage), (count - 1) // STAGES % 2)
+    acc = hopper.warpgroup_mma(weights, values.index(stage), acc, is_async=True)
+    acc = hopper.warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(values_free.index(stage), count=1)
+    return m, mass, acc, count
+
+
+@gluon.jit
+def _attend(
+    step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr
+):
+    """The rows of one group of warps, of all pairs of this program."""
+    queries, outputs, scale_log2, work, q_tiles, tiles, bars = step
+    q_ptr, q_stride = queries
+    header, items = work
+    tile = q_tiles.index(GROUP)
+    if TURNS == GROUP + 1:
+        _pass_turn(GROUP, TURNS)
+    total = gl.load(header + 1) * NUM_KV
+    items += gl.load(header) * _ITEM_SIZE
+    count = 0
+    for turn in range(gl.cdiv(total, gl.num_programs(0))):
+        index = _place(turn, total)
+        if index < total:
+            item = items + index // NUM_KV * _ITEM_SIZE
+            rows = (gl.load(item), gl.load(item + 1), index % NUM_KV)
+            _load_queries(q_ptr, q_stride, rows, tile, GQA, GROUP)
+            m, mass, acc, count = _attend_pair(tile, tiles, bars, count, item, scale_log2, GQA, GROUP, TURNS, HOLD)
+            _write(outputs, rows, gl.load(item + 5), m, mass, acc, NUM_KV, GQA, GROUP)
+
+
+@gluon.jit
+def hopper_prefill_kernel(
+    q_ptr, key_pages, value_pages, table_ptr, metadata_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
+    q_stride, out_stride, table_stride, partials_at, items_at,
+    NUM_KV: gl.constexpr, GQA: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr, PDL: gl.constexpr,
+    WIDE: gl.constexpr, NARROW: gl.constexpr,
+):  # fmt: skip
+    """All prefill items of a step, for every KV head."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    dtype: gl.constexpr = key_pages.dtype
+    BOXES: gl.constexpr = STAGES * BLOCK_N // PAGE * (HEAD_DIM // _HALF)
+    key_boxes = gl.allocate_shared_memory(dtype, [BOXES, PAGE, _HALF], swizzled)
+    value_boxes = gl.allocate_shared_memory(dtype, [BOXES, PAGE, _HALF], swizzled)
+    keys = _seen_as(key_boxes, [STAGES, BLOCK_N, HEAD_DIM])
+    values = _seen_as(value_boxes, [STAGES, BLOCK_N, HEAD_DIM])
+    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, HEAD_DIM], swizzled)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_ready.index(stage), count=1)
+        mbarrier.init(values_ready.index(stage), count=1)
+        mbarrier.init(keys_free.index(stage), count=GROUPS)
+        mbarrier.init(values_free.index(stage), count=GROUPS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    work, queries = (metadata_ptr + _HEADER, metadata_ptr + items_at), (q_ptr, q_stride)
+    outputs = (out_ptr, out_stride, partial_ptr, lse_ptr, metadata_ptr + partials_at)
+    tiles, bars = (keys, values), (keys_ready, keys_free, values_ready, values_free)
+    keys_of = (key_pages, key_boxes, keys_ready, keys_free, table_ptr, table_stride)
+    values_of = (value_pages, value_boxes, values_ready, values_free, table_ptr, table_stride)
+    step = (queries, outputs, scale_log2, work, q_tiles, tiles, bars)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (step, NUM_KV, GQA, 0, TURNS, HOLD)),
+                (_attend, (step, NUM_KV, GQA, 1, TURNS, HOLD)),
+                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
+                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
+            ],
+            [4, 1, 1],
+            [WIDE, NARROW, NARROW],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (step, NUM_KV, GQA, 0, TURNS, HOLD)),
+                (_attend, (step, NUM_KV, GQA, 1, TURNS, HOLD)),
+                (_attend, (step, NUM_KV, GQA, 2, TURNS, HOLD)),
+                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
+                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
+            ],
+            [4, 4, 1, 1],
+            [WIDE, WIDE, NARROW, NARROW],
+        )
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """One variant: `groups` of 64 query rows, BLOCK_N positions at a time, `stages` of keys and of values held.
+
+    takes_turns   groups issue their products one after the other
+    holds         a group computes the weights of a block before it waits for the values of the one before
+    """
+
+    groups: int
+    block_n: int
+    stages: int
+    takes_turns: bool = True
+    holds: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Query rows of an item."""
+        return 64 * self.groups
+
+
+def choose_hopper_tile(
+    shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+) -> HopperTile | None:
+    """The variant for a model, where the kernel can run it: None elsewhere."""
+    fits = shape.head_dim in HEAD_DIMS and page_size in PAGE_SIZES and dtype in DTYPES
+    fits &= shape.num_heads <= 128 * shape.num_kv_heads
+    if not fits or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    return HopperTile(groups=2, block_n=128, stages=2 if shape.head_dim == 128 else 4)
+
+
+class HopperPrefill:
+    """Launches of the kernel for one model's layers. Owns nothing but their sizes."""
+
+    def __init__(
+        self,
+        tile: HopperTile,
+        shape: AttentionShape,
+        page_size: int,
+        limits: WorkLimits,
+        device: torch.device,
+        *,
+        pdl: bool,
+    ) -> None:
+        self._tile = tile
+        self._shape = shape
+        self._page_size = page_size
+        self._limits = limits
+        self._pdl = pdl
+        self._num_programs = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def launch(
+        self, num_items: int, q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, metadata: Tensor,
+        partial: Tensor, lse: Tensor, out: Tensor,
+    ) -> None:  # fmt: skip
+        """As `PagedAttention.run`, for up to `num_items` prefill items; keys and values in the dtype of queries."""
+        shape, tile, limits = self._shape, self._tile, self._limits
+        wide, narrow, most = (240, 24, 168) if tile.groups == 2 else (160, 24, 128)  # registers of a thread
+        layout = gl.NVMMASharedLayout(128, 16, 2)
+        pages = [TensorDescriptor.from_tensor(pool, [self._page_size, 64], layout) for pool in (keys, values)]
+        programs = min(self._num_programs, num_items * shape.num_kv_heads)
+        hopper_prefill_kernel[(programs,)](
+            q, *pages, page_table, metadata, partial, lse, out, shape.scale * _LOG2_E,
+            q.stride(0), out.stride(0), page_table.stride(0), limits.partials_at, limits.items_at,
+            NUM_KV=shape.num_kv_heads, GQA=shape.num_heads // shape.num_kv_heads, HEAD_DIM=shape.head_dim,
+            PAGE=self._page_size, BLOCK_N=tile.block_n, STAGES=tile.stages, GROUPS=tile.groups,
+            TURNS=tile.groups if tile.takes_turns else 0, HOLD=int(tile.holds), PDL=self._pdl, WIDE=wide, NARROW=narrow,
+            num_warps=4, maxnreg=most, **launch_options(self._pdl),
+        )  # fmt: skip
