@@ -1,22 +1,34 @@
 """Scratch: every variant in a process of its own, simplest shapes first; error maps; then times. Not to be kept."""
+
 import json, os, subprocess, sys, time, traceback
 from pathlib import Path
+
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 VARIANTS = {
     # name: (groups, block_n, stages, turns, holds, head dim)
-    "plain": (2, 128, 2, 0, 0, 128), "turns": (2, 128, 2, 1, 0, 128), "holds": (2, 128, 2, 0, 1, 128),
-    "both": (2, 128, 2, 1, 1, 128), "three64": (3, 64, 3, 1, 1, 128),
-    "d64": (2, 128, 4, 1, 1, 64), "d64free": (2, 128, 4, 0, 1, 64), "d64three": (3, 128, 3, 1, 1, 64),
+    "plain": (2, 128, 2, 0, 0, 128),
+    "turns": (2, 128, 2, 1, 0, 128),
+    "holds": (2, 128, 2, 0, 1, 128),
+    "both": (2, 128, 2, 1, 1, 128),
+    "three64": (3, 64, 3, 1, 1, 128),
+    "d64": (2, 128, 4, 1, 1, 64),
+    "d64free": (2, 128, 4, 0, 1, 64),
+    "d64three": (3, 128, 3, 1, 1, 64),
 }
+
 
 def tiles_of(name, gqa, dim):
     from headrace.kernels.triton.hopper_prefill import HopperTile
     from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, choose_tiles
     import torch
+
     g, n, s, turns, holds, _ = VARIANTS[name]
     plain = choose_tiles(gqa, dim, torch.bfloat16, invariant=False)
-    return AttentionTiles(plain.decode, AttentionTile(64 * g, 32, 4, 3), plain.few, HopperTile(g, n, s, bool(turns), bool(holds)))
+    return AttentionTiles(
+        plain.decode, AttentionTile(64 * g, 32, 4, 3), plain.few, HopperTile(g, n, s, bool(turns), bool(holds))
+    )
+
 
 def check(name):
     import numpy as np, torch
@@ -24,6 +36,7 @@ def check(name):
     from headrace.kernels.triton.paged_attention import PagedAttention
     from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
     from tests.kernels.oracles import reference_attention
+
     torch.manual_seed(0)
     dim, limits = VARIANTS[name][5], WorkLimits(8192, 8192, 16384)
     for label, heads, kv, page, rows, pdl, dtype in [
@@ -37,41 +50,74 @@ def check(name):
         columns = -(-max(s + n for _, s, n in rows) // page) + 3
         table = (torch.randperm(len(rows) * columns, device="cuda").view(len(rows), columns) + 1).int()
         pools = [torch.randn((len(rows) * columns + 1) * kv * page, dim, device="cuda").to(dtype) for _ in range(2)]
-        for pool in pools: pool[: kv * page] = 0
+        for pool in pools:
+            pool[: kv * page] = 0
         total = sum(n for *_, n in rows)
         q = torch.randn(total, heads + 3, dim, device="cuda").to(dtype)[:, :heads]
         shape = AttentionShape(heads, kv, dim)
-        attention = PagedAttention(shape, page, limits, dtype, torch.device("cuda"), tiles=tiles_of(name, heads // kv, dim), pdl=pdl)
+        attention = PagedAttention(
+            shape, page, limits, dtype, torch.device("cuda"), tiles=tiles_of(name, heads // kv, dim), pdl=pdl
+        )
         planner = AttentionPlanner(limits, attention.tile_sizes, page, kv)
         buffer, a = np.full(limits.size, 7, np.int32), np.array(rows).T
         summary = planner.fill(buffer, a[0], a[1], a[2], np.zeros((0, 3), np.int32))
         out = torch.full((total, heads, dim), float("nan"), device="cuda", dtype=dtype)
         metadata = torch.from_numpy(buffer).cuda()
+
         def run(extra=0):
-            attention.run(q, *pools, table, metadata, out, LaunchBounds(summary.num_decode, summary.num_prefill + extra, total))
-        begun = time.time(); run(); torch.cuda.synchronize(); took = time.time() - begun
+            attention.run(
+                q, *pools, table, metadata, out, LaunchBounds(summary.num_decode, summary.num_prefill + extra, total)
+            )
+
+        begun = time.time()
+        run()
+        torch.cuda.synchronize()
+        took = time.time() - begun
         expected = reference_attention(q, *pools, table, rows, kv, page).double()
         found = out.double()
         error = float((found - expected).norm() / expected.norm())
-        again = out.clone(); out.fill_(float("nan")); run(500); torch.cuda.synchronize()
+        again = out.clone()
+        out.fill_(float("nan"))
+        run(500)
+        torch.cuda.synchronize()
         same = torch.equal(again, out)
         good = error < 1e-2 and same
-        print(f"{name:10s} {label:22s} {str(dtype)[6:]:9s} error {error:.2e} same {same} items {summary.num_prefill} partials {summary.num_partials} first {took:.1f} s {'ok' if good else 'WRONG'}", flush=True)
+        print(
+            f"{name:10s} {label:22s} {str(dtype)[6:]:9s} error {error:.2e} same {same} items {summary.num_prefill} partials {summary.num_partials} first {took:.1f} s {'ok' if good else 'WRONG'}",
+            flush=True,
+        )
         if not good:
             worst = (found - expected).abs().amax(-1)  # token, head
             bad = ~(worst < 0.05)
             where = bad.nonzero()
-            print("  bad (token, head):", len(where), "of", bad.numel(), "first", where[:6].tolist(), "last", where[-3:].tolist(), "nan", int(found.isnan().sum()))
-            t, h = (where[0].tolist() if len(where) else (0, 0))
-            print("  dims bad of the first:", (~((found - expected)[t, h].abs() < 0.05)).nonzero().flatten().tolist()[:40])
-            print("  found   ", found[t, h, :10].tolist()); print("  expected", expected[t, h, :10].tolist())
+            print(
+                "  bad (token, head):",
+                len(where),
+                "of",
+                bad.numel(),
+                "first",
+                where[:6].tolist(),
+                "last",
+                where[-3:].tolist(),
+                "nan",
+                int(found.isnan().sum()),
+            )
+            t, h = where[0].tolist() if len(where) else (0, 0)
+            print(
+                "  dims bad of the first:", (~((found - expected)[t, h].abs() < 0.05)).nonzero().flatten().tolist()[:40]
+            )
+            print("  found   ", found[t, h, :10].tolist())
+            print("  expected", expected[t, h, :10].tolist())
             print("  ratio", (found[t, h] / expected[t, h])[:8].tolist())
-            if label != "one block": return 1
+            if label != "one block":
+                return 1
     return 0
+
 
 def build(name):
     import numpy as np, torch
     from gpu_prefill import SHAPES, Prompts
+
     for heads, kv, d in SHAPES.values():
         for page in (16, 64):
             if d == VARIANTS[name][5] and (heads, page) != (16, 64):
@@ -80,32 +126,53 @@ def build(name):
     print("built", name)
     return 0
 
+
 def timing(name):
     import torch
     from gpu_prefill import SHAPES, STEPS, Prompts, measure
     from headrace.kernels.triton.paged_attention import choose_tiles
+
     dim = 64 if name.endswith("64") and name == "old64" else 128 if name == "old" else VARIANTS[name][5]
     for shape, (heads, kv, d) in SHAPES.items():
-        if d != dim: continue
+        if d != dim:
+            continue
         for step in STEPS:
-            for page in ((16, 64) if step == "8192 over 16384" and shape != "16q/8kv x 128" else (16,)):
-                if shape.startswith("16q") and step not in ("16 x 1024", "8192 over 16384"): continue
+            for page in (16, 64) if step == "8192 over 16384" and shape != "16q/8kv x 128" else (16,):
+                if shape.startswith("16q") and step not in ("16 x 1024", "8192 over 16384"):
+                    continue
                 case = Prompts.make(shape, step, page)
-                tiles = choose_tiles(heads // kv, d, torch.bfloat16, invariant=False) if name.startswith("old") else tiles_of(name, heads // kv, d)
-                print(json.dumps({"variant": name, "case": f"{step}, {shape}, page {page}", **measure(case, case.ours(tiles))}), flush=True)
-                del case; torch.cuda.empty_cache()
+                tiles = (
+                    choose_tiles(heads // kv, d, torch.bfloat16, invariant=False)
+                    if name.startswith("old")
+                    else tiles_of(name, heads // kv, d)
+                )
+                print(
+                    json.dumps(
+                        {"variant": name, "case": f"{step}, {shape}, page {page}", **measure(case, case.ours(tiles))}
+                    ),
+                    flush=True,
+                )
+                del case
+                torch.cuda.empty_cache()
     return 0
 
+
 def start(mode, name):
-    return subprocess.Popen([sys.executable, str(HERE), mode, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(HERE), mode, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
 
 def finish(process, seconds, lines=40):
     try:
         out, _ = process.communicate(timeout=max(1, seconds))
     except subprocess.TimeoutExpired:
-        process.kill(); out, _ = process.communicate(); out += "\nTIMED OUT"
+        process.kill()
+        out, _ = process.communicate()
+        out += "\nTIMED OUT"
     print("\n".join(out.strip().splitlines()[-lines:]), flush=True)
     return process.returncode
+
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
@@ -115,7 +182,8 @@ if __name__ == "__main__":
     builds = {name: start("build", name) for name in VARIANTS}
     codes = {name: finish(process, begun + 45 - time.time(), 22) for name, process in running.items()}
     print("checked", codes, round(time.time() - begun), "s", flush=True)
-    for name, process in builds.items(): finish(process, begun + 55 - time.time(), 3)
+    for name, process in builds.items():
+        finish(process, begun + 55 - time.time(), 3)
     for name in ["both", "d64", "old", "turns", "holds", "d64three", "plain", "three64", "d64free", "old64"]:
         if codes.get(name, 0) == 0 and time.time() - begun < limit - 6:
             finish(start("time", name), min(16, begun + limit - time.time()), 12)

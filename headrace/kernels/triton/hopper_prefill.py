@@ -10,7 +10,7 @@ them. A program walks several (item, KV head) pairs, its fetching warps ahead of
 Blocks go from the last to the first: what has to be masked comes first. Legend: T packed tokens, H query heads, G kv
 heads, D head size.
 """
-# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return,assignment"
 
 from __future__ import annotations
 
