@@ -11,10 +11,13 @@ VARIANTS = {
     "turns": (2, 128, 2, 1, 0, 128),
     "holds": (2, 128, 2, 0, 1, 128),
     "both": (2, 128, 2, 1, 1, 128),
-    "three64": (3, 64, 3, 1, 1, 128),
-    "d64": (2, 128, 4, 1, 1, 64),
-    "d64free": (2, 128, 4, 0, 1, 64),
-    "d64three": (3, 128, 3, 1, 1, 64),
+    "d64plain": (2, 128, 4, 0, 0, 64),
+    "d64turns": (2, 128, 4, 1, 0, 64),
+    "d64holds": (2, 128, 4, 0, 1, 64),
+    "d64both": (2, 128, 4, 1, 1, 64),
+    "d64three-plain": (3, 128, 3, 0, 0, 64),
+    "d64three-n64": (3, 64, 6, 0, 1, 64),
+    "d64three-n64turns": (3, 64, 6, 1, 1, 64),
 }
 
 
@@ -120,40 +123,70 @@ def build(name):
 
     for heads, kv, d in SHAPES.values():
         for page in (16, 64):
-            if d == VARIANTS[name][5] and (heads, page) != (16, 64):
+            if d == VARIANTS[name][5] and page == 16:
                 Prompts(np.full(1, 256), heads, kv, d, page, num_q=256).ours(tiles_of(name, heads // kv, d))()
                 torch.cuda.synchronize()
     print("built", name)
     return 0
 
 
-def timing(name):
-    import torch
-    from gpu_prefill import SHAPES, STEPS, Prompts, measure
+def timing(names):
+    """All variants of one head size side by side: rounds of each, interleaved; medians and the clock."""
+    import statistics, threading
+    import torch, triton
+    from gpu_prefill import SHAPES, STEPS, Prompts
     from headrace.kernels.triton.paged_attention import choose_tiles
 
-    dim = 64 if name.endswith("64") and name == "old64" else 128 if name == "old" else VARIANTS[name][5]
+    names = names.split(",")
+    dim = VARIANTS[names[0]][5]
     for shape, (heads, kv, d) in SHAPES.items():
-        if d != dim:
-            continue
         for step in STEPS:
-            for page in (16, 64) if step == "8192 over 16384" and shape != "16q/8kv x 128" else (16,):
-                if shape.startswith("16q") and step not in ("16 x 1024", "8192 over 16384"):
-                    continue
-                case = Prompts.make(shape, step, page)
-                tiles = (
-                    choose_tiles(heads // kv, d, torch.bfloat16, invariant=False)
-                    if name.startswith("old")
-                    else tiles_of(name, heads // kv, d)
+            if d != dim or (shape.startswith("16q") and step not in ("16 x 1024", "2048 over 16384")):
+                continue
+            case = Prompts.make(shape, step, 16)
+            calls = {n: case.ours(tiles_of(n, heads // kv, d)) for n in names}
+            calls["old"] = case.ours(choose_tiles(heads // kv, d, torch.bfloat16, invariant=False))
+            found = {n: [] for n in calls}
+            errors = {}
+            for n, call in calls.items():
+                case.out.fill_(float("nan"))
+                call()
+                errors[n] = case.error()
+            clocks = []
+            stop = threading.Event()
+
+            def watch():
+                while not stop.is_set():
+                    words = subprocess.run(
+                        ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"],
+                        capture_output=True,
+                        text=True,
+                    ).stdout.split(",")
+                    clocks.append([float(w) for w in words])
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            for turn in range(3):
+                for n, call in calls.items():
+                    if n == "old" and turn:
+                        continue
+                    us = 1e3 * float(triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median"))
+                    found[n].append(case.flops / us / 1e6)
+            stop.set()
+            watcher.join()
+            busy = [c for c in clocks if c[1] > 400] or clocks
+            print(
+                f"{step}, {shape}: "
+                + ", ".join(
+                    f"{n} {statistics.median(v):.0f} ({min(v):.0f}-{max(v):.0f})"
+                    + ("" if errors[n] < 1e-2 else f" WRONG {errors[n]}")
+                    for n, v in found.items()
                 )
-                print(
-                    json.dumps(
-                        {"variant": name, "case": f"{step}, {shape}, page {page}", **measure(case, case.ours(tiles))}
-                    ),
-                    flush=True,
-                )
-                del case
-                torch.cuda.empty_cache()
+                + f"; clock {statistics.median(c[0] for c in busy):.0f} MHz, {statistics.median(c[1] for c in busy):.0f} W",
+                flush=True,
+            )
+            del case, calls
+            torch.cuda.empty_cache()
     return 0
 
 
@@ -179,12 +212,13 @@ if __name__ == "__main__":
         sys.exit({"check": check, "time": timing, "build": build}[sys.argv[1]](sys.argv[2]))
     begun, limit = time.time(), float(sys.argv[1]) if len(sys.argv) > 1 else 110
     running = {name: start("check", name) for name in VARIANTS}
-    builds = {name: start("build", name) for name in VARIANTS}
-    codes = {name: finish(process, begun + 45 - time.time(), 22) for name, process in running.items()}
+    codes = {name: finish(process, begun + 40 - time.time(), 22) for name, process in running.items()}
     print("checked", codes, round(time.time() - begun), "s", flush=True)
-    for name, process in builds.items():
-        finish(process, begun + 55 - time.time(), 3)
-    for name in ["both", "d64", "old", "turns", "holds", "d64three", "plain", "three64", "d64free", "old64"]:
-        if codes.get(name, 0) == 0 and time.time() - begun < limit - 6:
-            finish(start("time", name), min(16, begun + limit - time.time()), 12)
+    for dim in (128, 64):
+        good = [n for n, v in VARIANTS.items() if v[5] == dim and codes[n] == 0]
+        builds = [start("build", n) for n in good]
+        for process in builds:
+            finish(process, 25, 3)
+        if good:
+            finish(start("time", ",".join(good)), begun + limit * (0.62 if dim == 128 else 1.0) - time.time(), 12)
     print("done", round(time.time() - begun), "s")

@@ -99,13 +99,36 @@ def _computed(mass):
 
 
 @gluon.jit
-def _place(turn, total):
+def _num_turns(total):
+    """How many of all pairs are this program's."""
+    programs = gl.num_programs(0)
+    rounds = total // programs
+    return rounds + (_place(rounds) < total).to(gl.int32)
+
+
+@gluon.jit
+def _place(turn):
     """The pair of a program's turn: programs go there and back, for the longest pairs come first."""
     programs = gl.num_programs(0)
     place = gl.program_id(0)
     if turn % 2 == 1:
         place = programs - 1 - place
     return turn * programs + place
+
+
+@gluon.jit
+def _find_pair(items, turn, turns, NUM_KV: gl.constexpr):
+    """The item and the KV head of a turn; of the last one again where there are no more."""
+    index = _place(gl.minimum(turn, turns - 1))
+    return items + index // NUM_KV * _ITEM_SIZE, index % NUM_KV
+
+
+@gluon.jit
+def _load_pair(items, turn, turns, NUM_KV: gl.constexpr):
+    """Its rows (first token, number of tokens, KV head), range (first, end, position of the first token), and part."""
+    item, head = _find_pair(items, turn, turns, NUM_KV)
+    rows = (gl.load(item), gl.load(item + 1), head)
+    return rows, (gl.load(item + 3), gl.load(item + 4), gl.load(item + 6)), gl.load(item + 5)
 
 
 @gluon.jit
@@ -125,22 +148,23 @@ def _fetch(pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.con
     pages_of, tiles, ready, free, table_ptr, table_stride = pool
     PAGES: gl.constexpr = BLOCK_N // PAGE
     HALVES: gl.constexpr = tiles.type.shape[0] // (STAGES * PAGES)
-    header, items = work
-    total = gl.load(header + 1) * NUM_KV
-    items += gl.load(header) * _ITEM_SIZE
+    items, turns = work
     count = 0
-    for turn in range(gl.cdiv(total, gl.num_programs(0))):
-        index = _place(turn, total)
-        if index < total:
-            head = index % NUM_KV
-            item = items + index // NUM_KV * _ITEM_SIZE
-            table = table_ptr + gl.load(item + 2).to(gl.int64) * table_stride
-            first, end = gl.load(item + 3), gl.load(item + 4)
-            num_blocks = gl.cdiv(end - first, BLOCK_N)
-            pages = _page_numbers(table, first + (num_blocks - 1) * BLOCK_N, end, PAGE, PAGES)
-            for behind in range(num_blocks):
-                before = gl.maximum(num_blocks - 2 - behind, 0)
-                next_pages = _page_numbers(table, first + before * BLOCK_N, end, PAGE, PAGES)
+    if turns > 0:
+        item, head = _find_pair(items, 0, turns, NUM_KV)
+        row, first, end = gl.load(item + 2), gl.load(item + 3), gl.load(item + 4)
+        start = first + (gl.cdiv(end - first, BLOCK_N) - 1) * BLOCK_N
+        pages = _page_numbers(table_ptr + row.to(gl.int64) * table_stride, start, end, PAGE, PAGES)
+        for turn in range(turns):
+            item, next_head = _find_pair(items, turn + 1, turns, NUM_KV)
+            next_row, next_first, next_end = gl.load(item + 2), gl.load(item + 3), gl.load(item + 4)
+            next_start = next_first + (gl.cdiv(next_end - next_first, BLOCK_N) - 1) * BLOCK_N
+            for at in range(start, first - 1, -BLOCK_N):
+                is_last = at == first
+                ahead_row, ahead_end = gl.where(is_last, next_row, row), gl.where(is_last, next_end, end)
+                ahead_table = table_ptr + ahead_row.to(gl.int64) * table_stride
+                ahead_start = gl.where(is_last, next_start, at - BLOCK_N)
+                next_pages = _page_numbers(ahead_table, ahead_start, ahead_end, PAGE, PAGES)
                 stage = count % STAGES
                 bar = ready.index(stage)
                 mbarrier.wait(free.index(stage), count // STAGES % 2 ^ 1)
@@ -151,6 +175,7 @@ def _fetch(pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.con
                         _fetch_box(pages_of, [(pages[place] * NUM_KV + head) * PAGE, half * _HALF], bar, box)
                 count += 1
                 pages = next_pages
+            head, row, first, end, start = next_head, next_row, next_first, next_end, next_start
 
 
 @gluon.jit
@@ -163,13 +188,14 @@ def _multiply_keys(queries, keys):
 
 
 @gluon.jit
-def _weights(scores, m, mass, scale_log2, start, end, q_position, MASKED: gl.constexpr):
-    """Weights of one block of scores, and the new maximum and sum with the factor of what was summed before."""
+def _weights(scores, m, mass, scale_log2, last, MASKED: gl.constexpr):
+    """Weights of one block of scores, and the new maximum and sum with the factor of what was summed before. MASKED:
+    `last` is the last column that each row sees."""
     layout: gl.constexpr = scores.type.layout
     BLOCK_N: gl.constexpr = scores.type.shape[1]
     if MASKED:
-        position = (start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout)))[None, :]
-        scores = gl.where((position <= q_position[:, None]) & (position < end), scores, -1e30)
+        columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+        scores = gl.where(columns[None, :] <= last[:, None], scores, -1e30)
     new_m = gl.maximum(m, gl.max(scores, 1) * scale_log2)  # never below -1e20: a masked score has weight 0 exactly
     weights = gl.exp2(scores * scale_log2 - new_m[:, None])
     factor = gl.exp2(m - new_m)
@@ -191,10 +217,10 @@ def _narrowed(wide, dtype: gl.constexpr):
 
 @gluon.jit
 def _step(
-    queries, tiles, bars, state, count, start, end, q_position, scale_log2, GROUP: gl.constexpr, MASKED: gl.constexpr,
+    queries, tiles, bars, state, count, last, scale_log2, GROUP: gl.constexpr, MASKED: gl.constexpr,
     TURNS: gl.constexpr, HOLD: gl.constexpr,
 ):  # fmt: skip
-    """The scores of the block at `start`, the `count`th of this program, and meanwhile the values of the one before.
+    """The scores of a block, the `count`th of this program, and meanwhile the values of the one before.
 
     state   (weights of the block before, maximum, sum, weighted values without that block)
     """
@@ -213,7 +239,7 @@ def _step(
         _pass_turn(GROUP, TURNS)
     scores = hopper.warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(keys_free.index(stage), count=1)
-    wide, m, mass, factor = _weights(scores, m, mass, scale_log2, start, end, q_position, MASKED)
+    wide, m, mass, factor = _weights(scores, m, mass, scale_log2, last, MASKED)
     if HOLD == 1:
         mass = _computed(mass)
     acc, mass = hopper.warpgroup_mma_wait(0, deps=[acc, mass])  # not before the weights are summed
@@ -224,17 +250,15 @@ def _step(
 
 
 @gluon.jit
-def _load_queries(q_ptr, q_stride, rows, tile, GQA: gl.constexpr, GROUP: gl.constexpr):
-    """A group's query rows into its tile. rows: (first token, number of tokens, KV head)."""
+def _load_queries(queries, rows, HEAD_DIM: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
+    """A group's query rows. rows: (first token, number of tokens, KV head)."""
+    q_ptr, q_stride = queries
     q_start, num_q, head = rows
-    HEAD_DIM: gl.constexpr = tile.type.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     row = GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     offset = (q_start + row // GQA).to(gl.int64) * q_stride + (head * GQA + row % GQA) * HEAD_DIM
-    q = gl.load(q_ptr + offset[:, None] + dims[None, :], mask=(row < num_q * GQA)[:, None], other=0.0)
-    tile.store(q)
-    hopper.fence_async_shared()
+    return gl.load(q_ptr + offset[:, None] + dims[None, :], mask=(row < num_q * GQA)[:, None], other=0.0)
 
 
 @gluon.jit
@@ -262,98 +286,84 @@ def _write(outputs, rows, part, m, mass, acc, NUM_KV: gl.constexpr, GQA: gl.cons
 
 
 @gluon.jit
-def _attend_pair(
-    queries, tiles, bars, count, item, scale_log2, GQA: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr,
+def _attend_blocks(
+    scores, q_tile, tiles, bars, count, positions, scale_log2, GQA: gl.constexpr, GROUP: gl.constexpr,
+    TURNS: gl.constexpr, HOLD: gl.constexpr,
 ):  # fmt: skip
-    """All blocks of one pair: greatest score, mass and weighted values of a group's rows, and the blocks counted on."""
-    keys, values = tiles
-    keys_ready, keys_free, values_ready, values_free = bars
-    STAGES: gl.constexpr = keys.type.shape[0]
-    BLOCK_N: gl.constexpr = keys.type.shape[1]
-    HEAD_DIM: gl.constexpr = keys.type.shape[2]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    """All of a pair but the values of its first block: greatest scores, masses, weighted values, the weights of that
+    block, and the blocks counted on. `scores` are those of its last block."""
+    BLOCK_N: gl.constexpr = scores.type.shape[1]
+    HEAD_DIM: gl.constexpr = q_tile.type.shape[1]
+    rows: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    first, end, first_position = gl.load(item + 3), gl.load(item + 4), gl.load(item + 6)
-    q_position = first_position + (GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, s_layout))) // GQA
+    first, end, first_position = positions
+    q_position = first_position + (GROUP * _ROWS + gl.arange(0, _ROWS, rows)) // GQA
+    last = gl.minimum(q_position, end - 1)
     num_blocks = gl.cdiv(end - first, BLOCK_N)
     num_unmasked = gl.maximum(gl.minimum(end, first_position + 1) - first, 0) // BLOCK_N
-    m = gl.full([_ROWS], -1e20, gl.float32, gl.SliceLayout(1, s_layout))
-    mass = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+    m = gl.full([_ROWS], -1e20, gl.float32, rows)
+    mass = gl.zeros([_ROWS], gl.float32, rows)
     acc = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
-
-    stage = count % STAGES
-    mbarrier.wait(keys_ready.index(stage), count // STAGES % 2)
-    scores = _multiply_keys(queries, keys.index(stage))
-    scores = hopper.warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(keys_free.index(stage), count=1)
     start = first + (num_blocks - 1) * BLOCK_N
-    wide, m, mass, _ = _weights(scores, m, mass, scale_log2, start, end, q_position, True)
-    weights = gl.convert_layout(_narrowed(wide, keys.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    count += 1
+    wide, m, mass, _ = _weights(scores, m, mass, scale_log2, last - start, True)
+    weights = gl.convert_layout(_narrowed(wide, q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
     for start in range(first + (num_blocks - 2) * BLOCK_N, first + num_unmasked * BLOCK_N - 1, -BLOCK_N):
+        state = (weights, m, mass, acc)
         weights, m, mass, acc = _step(
-            queries,
-            tiles,
-            bars,
-            (weights, m, mass, acc),
-            count,
-            start,
-            end,
-            q_position,
-            scale_log2,
-            GROUP,
-            True,
-            TURNS,
-            HOLD,
+            q_tile, tiles, bars, state, count, last - start, scale_log2, GROUP, True, TURNS, HOLD
         )
         count += 1
     for _ in range(gl.minimum(num_blocks - 1, num_unmasked)):
-        weights, m, mass, acc = _step(
-            queries,
-            tiles,
-            bars,
-            (weights, m, mass, acc),
-            count,
-            0,
-            0,
-            q_position,
-            scale_log2,
-            GROUP,
-            False,
-            TURNS,
-            HOLD,
-        )
+        state = (weights, m, mass, acc)
+        weights, m, mass, acc = _step(q_tile, tiles, bars, state, count, last, scale_log2, GROUP, False, TURNS, HOLD)
         count += 1
-    stage = (count - 1) % STAGES
-    mbarrier.wait(values_ready.index(stage), (count - 1) // STAGES % 2)
-    acc = hopper.warpgroup_mma(weights, values.index(stage), acc, is_async=True)
-    acc = hopper.warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(values_free.index(stage), count=1)
-    return m, mass, acc, count
+    return m, mass, acc, weights, count
 
 
 @gluon.jit
 def _attend(
     step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr
 ):
-    """The rows of one group of warps, of all pairs of this program."""
+    """The rows of one group of warps, of all pairs of this program. The first scores of a pair are asked for before
+    the outputs of the one before are written."""
     queries, outputs, scale_log2, work, q_tiles, tiles, bars = step
-    q_ptr, q_stride = queries
-    header, items = work
-    tile = q_tiles.index(GROUP)
+    items, turns = work
+    keys, values = tiles
+    keys_ready, keys_free, values_ready, values_free = bars
+    STAGES: gl.constexpr = keys.type.shape[0]
+    HEAD_DIM: gl.constexpr = keys.type.shape[2]
+    q_tile = q_tiles.index(GROUP)
     if TURNS == GROUP + 1:
         _pass_turn(GROUP, TURNS)
-    total = gl.load(header + 1) * NUM_KV
-    items += gl.load(header) * _ITEM_SIZE
-    count = 0
-    for turn in range(gl.cdiv(total, gl.num_programs(0))):
-        index = _place(turn, total)
-        if index < total:
-            item = items + index // NUM_KV * _ITEM_SIZE
-            rows = (gl.load(item), gl.load(item + 1), index % NUM_KV)
-            _load_queries(q_ptr, q_stride, rows, tile, GQA, GROUP)
-            m, mass, acc, count = _attend_pair(tile, tiles, bars, count, item, scale_log2, GQA, GROUP, TURNS, HOLD)
-            _write(outputs, rows, gl.load(item + 5), m, mass, acc, NUM_KV, GQA, GROUP)
+    if turns > 0:
+        rows, positions, part = _load_pair(items, 0, turns, NUM_KV)
+        q_tile.store(_load_queries(queries, rows, HEAD_DIM, GQA, GROUP))
+        hopper.fence_async_shared()
+        mbarrier.wait(keys_ready.index(0), 0)
+        scores = hopper.warpgroup_mma_wait(0, deps=[_multiply_keys(q_tile, keys.index(0))])
+        mbarrier.arrive(keys_free.index(0), count=1)
+        count = 1
+        for turn in range(turns):
+            has_next = turn + 1 < turns
+            next_rows, next_positions, next_part = _load_pair(items, turn + 1, turns, NUM_KV)
+            m, mass, acc, weights, count = _attend_blocks(
+                scores, q_tile, tiles, bars, count, positions, scale_log2, GQA, GROUP, TURNS, HOLD
+            )
+            q = _load_queries(queries, next_rows, HEAD_DIM, GQA, GROUP)
+            old, stage = (count - 1) % STAGES, count % STAGES
+            mbarrier.wait(values_ready.index(old), (count - 1) // STAGES % 2)
+            acc = hopper.warpgroup_mma(weights, values.index(old), acc, is_async=True)
+            q_tile.store(q)
+            hopper.fence_async_shared()
+            mbarrier.wait(keys_ready.index(stage), count // STAGES % 2, pred=has_next)  # else of what is there
+            scores = _multiply_keys(q_tile, keys.index(stage))
+            acc = hopper.warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(values_free.index(old), count=1)
+            _write(outputs, rows, part, m, mass, acc, NUM_KV, GQA, GROUP)
+            scores = hopper.warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(keys_free.index(stage), count=1, pred=has_next)
+            rows, positions, part = next_rows, next_positions, next_part
+            count += 1
 
 
 @gluon.jit
@@ -386,7 +396,9 @@ def hopper_prefill_kernel(
         mbarrier.init(values_free.index(stage), count=GROUPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    work, queries = (metadata_ptr + _HEADER, metadata_ptr + items_at), (q_ptr, q_stride)
+    header = metadata_ptr + _HEADER
+    items = metadata_ptr + items_at + gl.load(header) * _ITEM_SIZE
+    work, queries = (items, _num_turns(gl.load(header + 1) * NUM_KV)), (q_ptr, q_stride)
     outputs = (out_ptr, out_stride, partial_ptr, lse_ptr, metadata_ptr + partials_at)
     tiles, bars = (keys, values), (keys_ready, keys_free, values_ready, values_free)
     keys_of = (key_pages, key_boxes, keys_ready, keys_free, table_ptr, table_stride)
@@ -449,7 +461,10 @@ def choose_hopper_tile(
 
 
 class HopperPrefill:
-    """Launches of the kernel for one model's layers. Owns nothing but their sizes."""
+    """Launches of the kernel for one model's layers. Owns nothing but their sizes.
+
+    num_programs   that share the items of a launch: as many as the device holds at once
+    """
 
     def __init__(
         self,
@@ -466,7 +481,7 @@ class HopperPrefill:
         self._page_size = page_size
         self._limits = limits
         self._pdl = pdl
-        self._num_programs = torch.cuda.get_device_properties(device).multi_processor_count
+        self.num_programs = torch.cuda.get_device_properties(device).multi_processor_count
 
     def launch(
         self, num_items: int, q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, metadata: Tensor,
@@ -474,10 +489,10 @@ class HopperPrefill:
     ) -> None:  # fmt: skip
         """As `PagedAttention.run`, for up to `num_items` prefill items; keys and values in the dtype of queries."""
         shape, tile, limits = self._shape, self._tile, self._limits
-        wide, narrow, most = (240, 24, 168) if tile.groups == 2 else (160, 24, 128)  # registers of a thread
+        wide, narrow, most = (232, 40, 168) if tile.groups == 2 else (160, 32, 128)  # registers of a thread
         layout = gl.NVMMASharedLayout(128, 16, 2)
         pages = [TensorDescriptor.from_tensor(pool, [self._page_size, 64], layout) for pool in (keys, values)]
-        programs = min(self._num_programs, num_items * shape.num_kv_heads)
+        programs = min(self.num_programs, num_items * shape.num_kv_heads)
         hopper_prefill_kernel[(programs,)](
             q, *pages, page_table, metadata, partial, lse, out, shape.scale * _LOG2_E,
             q.stride(0), out.stride(0), page_table.stride(0), limits.partials_at, limits.items_at,

@@ -374,7 +374,8 @@ class PagedAttention:
     @property
     def tile_sizes(self) -> TileSizes:
         """What the planner needs to know."""
-        return self._tiles.tokens(self.group_size)
+        walkers = 0 if self._hopper is None else self._hopper.num_programs
+        return replace(self._tiles.tokens(self.group_size), walkers=walkers)
 
     def run(
         self,
