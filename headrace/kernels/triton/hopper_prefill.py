@@ -143,9 +143,13 @@ def _page_numbers(table, first, end, PAGE: gl.constexpr, PAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Fill tiles with the keys, or the values, of all blocks of all pairs of this program, as they become free."""
-    pages_of, tiles, ready, free, table_ptr, table_stride = pool
+def _fetch(
+    pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BEHIND: gl.constexpr,
+):  # fmt: skip
+    """Fill tiles with the keys, or the values, of all blocks of all pairs of this program, as they are released:
+    BEHIND steps after the one that had their block's scores."""
+    pages_of, tiles, ready, released, table_ptr, table_stride = pool
     PAGES: gl.constexpr = BLOCK_N // PAGE
     HALVES: gl.constexpr = tiles.type.shape[0] // (STAGES * PAGES)
     items, turns = work
@@ -167,7 +171,7 @@ def _fetch(pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.con
                 next_pages = _page_numbers(ahead_table, ahead_start, ahead_end, PAGE, PAGES)
                 stage = count % STAGES
                 bar = ready.index(stage)
-                mbarrier.wait(free.index(stage), count // STAGES % 2 ^ 1)
+                mbarrier.wait(released.index((count + BEHIND) % STAGES), (count + BEHIND) // STAGES % 2 ^ 1)
                 mbarrier.expect(bar, HALVES * BLOCK_N * _HALF * 2)
                 for half in gl.static_range(HALVES):
                     for place in gl.static_range(PAGES):
@@ -225,7 +229,7 @@ def _step(
     state   (weights of the block before, maximum, sum, weighted values without that block)
     """
     keys, values = tiles
-    keys_ready, keys_free, values_ready, values_free = bars
+    keys_ready, values_ready, released = bars
     weights, m, mass, acc = state
     STAGES: gl.constexpr = keys.type.shape[0]
     stage, old = count % STAGES, (count - 1) % STAGES
@@ -238,12 +242,11 @@ def _step(
     if TURNS > 0:
         _pass_turn(GROUP, TURNS)
     scores = hopper.warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(keys_free.index(stage), count=1)
     wide, m, mass, factor = _weights(scores, m, mass, scale_log2, last, MASKED)
     if HOLD == 1:
         mass = _computed(mass)
     acc, mass = hopper.warpgroup_mma_wait(0, deps=[acc, mass])  # not before the weights are summed
-    mbarrier.arrive(values_free.index(old), count=1)
+    mbarrier.arrive(released.index(stage), count=1)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
     weights = gl.convert_layout(_narrowed(wide, weights.dtype), weights.type.layout)
     return weights, m, mass, acc
@@ -329,7 +332,7 @@ def _attend(
     queries, outputs, scale_log2, work, q_tiles, tiles, bars = step
     items, turns = work
     keys, values = tiles
-    keys_ready, keys_free, values_ready, values_free = bars
+    keys_ready, values_ready, released = bars
     STAGES: gl.constexpr = keys.type.shape[0]
     HEAD_DIM: gl.constexpr = keys.type.shape[2]
     q_tile = q_tiles.index(GROUP)
@@ -341,7 +344,7 @@ def _attend(
         hopper.fence_async_shared()
         mbarrier.wait(keys_ready.index(0), 0)
         scores = hopper.warpgroup_mma_wait(0, deps=[_multiply_keys(q_tile, keys.index(0))])
-        mbarrier.arrive(keys_free.index(0), count=1)
+        mbarrier.arrive(released.index(0), count=1)
         count = 1
         for turn in range(turns):
             has_next = turn + 1 < turns
@@ -358,10 +361,9 @@ def _attend(
             mbarrier.wait(keys_ready.index(stage), count // STAGES % 2, pred=has_next)  # else of what is there
             scores = _multiply_keys(q_tile, keys.index(stage))
             acc = hopper.warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(values_free.index(old), count=1)
             _write(outputs, rows, part, m, mass, acc, NUM_KV, GQA, GROUP)
             scores = hopper.warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(keys_free.index(stage), count=1, pred=has_next)
+            mbarrier.arrive(released.index(stage), count=1, pred=has_next)
             rows, positions, part = next_rows, next_positions, next_part
             count += 1
 
@@ -386,31 +388,29 @@ def hopper_prefill_kernel(
     values = _seen_as(value_boxes, [STAGES, BLOCK_N, HEAD_DIM])
     q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, HEAD_DIM], swizzled)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    released = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(keys_ready.index(stage), count=1)
         mbarrier.init(values_ready.index(stage), count=1)
-        mbarrier.init(keys_free.index(stage), count=GROUPS)
-        mbarrier.init(values_free.index(stage), count=GROUPS)
+        mbarrier.init(released.index(stage), count=GROUPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     header = metadata_ptr + _HEADER
     items = metadata_ptr + items_at + gl.load(header) * _ITEM_SIZE
     work, queries = (items, _num_turns(gl.load(header + 1) * NUM_KV)), (q_ptr, q_stride)
     outputs = (out_ptr, out_stride, partial_ptr, lse_ptr, metadata_ptr + partials_at)
-    tiles, bars = (keys, values), (keys_ready, keys_free, values_ready, values_free)
-    keys_of = (key_pages, key_boxes, keys_ready, keys_free, table_ptr, table_stride)
-    values_of = (value_pages, value_boxes, values_ready, values_free, table_ptr, table_stride)
+    tiles, bars = (keys, values), (keys_ready, values_ready, released)
+    keys_of = (key_pages, key_boxes, keys_ready, released, table_ptr, table_stride)
+    values_of = (value_pages, value_boxes, values_ready, released, table_ptr, table_stride)
     step = (queries, outputs, scale_log2, work, q_tiles, tiles, bars)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_attend, (step, NUM_KV, GQA, 0, TURNS, HOLD)),
                 (_attend, (step, NUM_KV, GQA, 1, TURNS, HOLD)),
-                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
-                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
+                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
+                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
             ],
             [4, 1, 1],
             [WIDE, NARROW, NARROW],
@@ -421,8 +421,8 @@ def hopper_prefill_kernel(
                 (_attend, (step, NUM_KV, GQA, 0, TURNS, HOLD)),
                 (_attend, (step, NUM_KV, GQA, 1, TURNS, HOLD)),
                 (_attend, (step, NUM_KV, GQA, 2, TURNS, HOLD)),
-                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
-                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES)),
+                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
+                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
             ],
             [4, 4, 1, 1],
             [WIDE, WIDE, NARROW, NARROW],
