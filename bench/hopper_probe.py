@@ -6,18 +6,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 VARIANTS = {
-    # name: (groups, block_n, stages, turns, holds, head dim)
-    "plain": (2, 128, 2, 0, 0, 128),
-    "turns": (2, 128, 2, 1, 0, 128),
-    "holds": (2, 128, 2, 0, 1, 128),
-    "both": (2, 128, 2, 1, 1, 128),
-    "d64plain": (2, 128, 4, 0, 0, 64),
-    "d64turns": (2, 128, 4, 1, 0, 64),
-    "d64holds": (2, 128, 4, 0, 1, 64),
-    "d64both": (2, 128, 4, 1, 1, 64),
-    "d64three-plain": (3, 128, 3, 0, 0, 64),
-    "d64three-n64": (3, 64, 6, 0, 1, 64),
-    "d64three-n64turns": (3, 64, 6, 1, 1, 64),
+    # name: (groups, block_n, stages, keeps queries, head dim)
+    "two": (2, 128, 2, 0, 128),
+    "two-kept": (2, 128, 2, 1, 128),
+    "three-n64": (3, 64, 4, 0, 128),
+    "d64two": (2, 128, 4, 0, 64),
+    "d64two-kept": (2, 128, 4, 1, 64),
+    "d64three": (3, 128, 4, 0, 64),
+    "d64three-n64": (3, 64, 8, 0, 64),
+    "d64four-n64": (4, 64, 6, 0, 64),
 }
 
 
@@ -26,10 +23,10 @@ def tiles_of(name, gqa, dim):
     from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, choose_tiles
     import torch
 
-    g, n, s, turns, holds, _ = VARIANTS[name]
+    g, n, s, kept, _ = VARIANTS[name]
     plain = choose_tiles(gqa, dim, torch.bfloat16, invariant=False)
     return AttentionTiles(
-        plain.decode, AttentionTile(64 * g, 32, 4, 3), plain.few, HopperTile(g, n, s, bool(turns), bool(holds))
+        plain.decode, AttentionTile(64 * g, 32, 4, 3), plain.few, HopperTile(g, n, s, bool(kept))
     )
 
 
@@ -41,7 +38,7 @@ def check(name):
     from tests.kernels.oracles import reference_attention
 
     torch.manual_seed(0)
-    dim, limits = VARIANTS[name][5], WorkLimits(8192, 8192, 16384)
+    dim, limits = VARIANTS[name][4], WorkLimits(8192, 8192, 16384)
     for label, heads, kv, page, rows, pdl, dtype in [
         ("one block", 1, 1, 16, [(0, 0, 128)], False, torch.bfloat16),
         ("two blocks", 1, 1, 16, [(0, 128, 128)], False, torch.bfloat16),
@@ -123,7 +120,7 @@ def build(name):
 
     for heads, kv, d in SHAPES.values():
         for page in (16, 64):
-            if d == VARIANTS[name][5] and page == 16:
+            if d == VARIANTS[name][4] and page == 16:
                 Prompts(np.full(1, 256), heads, kv, d, page, num_q=256).ours(tiles_of(name, heads // kv, d))()
                 torch.cuda.synchronize()
     print("built", name)
@@ -138,7 +135,7 @@ def timing(names):
     from headrace.kernels.triton.paged_attention import choose_tiles
 
     names = names.split(",")
-    dim = VARIANTS[names[0]][5]
+    dim = VARIANTS[names[0]][4]
     for shape, (heads, kv, d) in SHAPES.items():
         for step in STEPS:
             if d != dim or (shape.startswith("16q") and step not in ("16 x 1024", "2048 over 16384")):
@@ -190,6 +187,67 @@ def timing(names):
     return 0
 
 
+def trace(dims):
+    """Clocks of one program's steps, by the traced copy."""
+    import statistics
+    import torch
+    import hopper_traced
+    from headrace.kernels.triton import paged_attention
+    from gpu_prefill import SHAPES, STEPS, Prompts
+    from gpu_timing import time_us
+
+    paged_attention.HopperPrefill = hopper_traced.HopperPrefill
+    for shape, step, name in (("32q/8kv x 128", "8192 over 16384", "two"), ("32q/8kv x 128", "16 x 1024", "two"), ("14q/2kv x 64", "8192 over 60000", "d64two"), ("14q/2kv x 64", "16 x 1024", "d64two")):
+        heads, kv, d = SHAPES[shape]
+        case = Prompts.make(shape, step, 16)
+        attention, metadata, summary = case.build(tiles=tiles_of(name, heads // kv, d))
+        from headrace.kernels.triton.work_items import LaunchBounds
+        keys, values = case.pools[0]
+        for _ in range(2):
+            attention._lse.zero_()
+            attention.run(case.q, keys, values, case.table, metadata, case.out, LaunchBounds(summary.num_decode, summary.num_prefill, 0))
+        torch.cuda.synchronize()
+        words = attention._lse.view(-1).view(torch.int32).cpu()
+        for group in (0, 1):
+            steps = words[group * 8000 : (group + 1) * 8000].view(-1, 8)[:, :6]
+            seen = [i for i in range(4, 990) if int(steps[i, 5]) and int(steps[i - 1, 5])]
+            gaps = [[(int(steps[i, j + 1]) - int(steps[i, j])) % 2**32 for j in range(5)] + [(int(steps[i, 0]) - int(steps[i - 1, 5])) % 2**32] for i in seen]
+            gaps = [g for g in gaps if max(g) < 60000]
+            if gaps:
+                print(f"{step} {shape} group {group}: {len(gaps)} steps; K wait, V wait+issue, scores, weights, PV wait, rest:", [round(statistics.median(g[j] for g in gaps)) for j in range(6)], "sum of means", round(sum(statistics.mean(g[j] for g in gaps) for j in range(6))))
+            ends = words[32000 + group * 2400 :][:2400].view(-1, 8)[:, :7]
+            seen = [i for i in range(1, 290) if int(ends[i, 6])]
+            gaps = [[(int(ends[i, j + 1]) - int(ends[i, j])) % 2**32 for j in range(6)] + [(int(ends[i, 0]) - int(ends[i - 1, 6])) % 2**32] for i in seen]
+            if gaps:
+                print(f"   pairs {len(gaps)}: q load+PV issue, put q, K wait+QK issue, PV wait, write, scores wait, blocks:", [round(statistics.median(g[j] for g in gaps)) for j in range(7)])
+        if group:
+            print("   raw of group 0:", [int(x) - int(steps[5, 0]) for x in words[40:88].tolist() if x])
+        del case
+    return 0
+
+
+def plain(dims):
+    """16 x 1024 from a graph, where nothing empties the cache between calls."""
+    from gpu_prefill import SHAPES, Prompts
+    from gpu_timing import time_us
+
+    for shape, name in (("32q/8kv x 128", "two"), ("16q/8kv x 128", "two"), ("14q/2kv x 64", "d64two"), ("14q/2kv x 64", "d64three")):
+        heads, kv, d = SHAPES[shape]
+        case = Prompts.make(shape, "16 x 1024", 16)
+        us = time_us(case.ours(tiles_of(name, heads // kv, d)))
+        print(f"16 x 1024, {shape}, {name}, graph: {case.flops / us / 1e6:.0f} TFLOP/s, {us:.0f} us", flush=True)
+    import time as clock
+    call = case.ours(tiles_of(name, heads // kv, d))
+    call()
+    import torch
+    torch.cuda.synchronize()
+    begun = clock.perf_counter()
+    for _ in range(50):
+        call()
+    print("host, one launch:", round((clock.perf_counter() - begun) / 50 * 1e6), "us")
+    return 0
+
+
 def start(mode, name):
     return subprocess.Popen(
         [sys.executable, str(HERE), mode, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -209,16 +267,17 @@ def finish(process, seconds, lines=40):
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        sys.exit({"check": check, "time": timing, "build": build}[sys.argv[1]](sys.argv[2]))
+        sys.exit({"check": check, "time": timing, "build": build, "trace": trace, "plain": plain}[sys.argv[1]](sys.argv[2]))
     begun, limit = time.time(), float(sys.argv[1]) if len(sys.argv) > 1 else 110
     running = {name: start("check", name) for name in VARIANTS}
     codes = {name: finish(process, begun + 40 - time.time(), 22) for name, process in running.items()}
     print("checked", codes, round(time.time() - begun), "s", flush=True)
-    for dim in (128, 64):
-        good = [n for n, v in VARIANTS.items() if v[5] == dim and codes[n] == 0]
-        builds = [start("build", n) for n in good]
+    for dim in (64, 128):
+        good = [n for n, v in VARIANTS.items() if v[4] == dim and codes[n] == 0]
+        builds = [start("build", n) for n in good] + ([start("trace", "x")] if dim == 64 else [])
         for process in builds:
-            finish(process, 25, 3)
+            finish(process, 30, 30)
         if good:
-            finish(start("time", ",".join(good)), begun + limit * (0.62 if dim == 128 else 1.0) - time.time(), 12)
+            finish(start("time", ",".join(good)), begun + limit * (0.6 if dim == 64 else 0.95) - time.time(), 12)
+    finish(start("plain", "x"), begun + limit - time.time(), 12)
     print("done", round(time.time() - begun), "s")

@@ -41,7 +41,6 @@ _ITEM_SIZE = gl.constexpr(ITEM_SIZE)
 _HEADER = gl.constexpr(2 * PREFILL)
 _HALF = gl.constexpr(64)  # columns of a 128-byte row
 _ROWS = gl.constexpr(64)  # query rows of a group of warps
-_FIRST_BARRIER = gl.constexpr(9)  # named barriers below are Triton's
 _fetch_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
@@ -50,52 +49,6 @@ def _seen_as(memory, shape, _semantic=None):
     """The same bytes as tiles of another shape."""
     sizes = [getattr(size, "value", size) for size in shape]
     return _semantic.memdesc_reinterpret(memory, memory.dtype, sizes, memory.layout)
-
-
-@gluon.jit
-def _take_turn(GROUP: gl.constexpr):
-    """Wait until the group before has issued its products."""
-    gl.inline_asm_elementwise(
-        f"bar.sync {_FIRST_BARRIER + GROUP}, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _pass_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
-    """Let the next group go."""
-    gl.inline_asm_elementwise(
-        f"bar.arrive {_FIRST_BARRIER + (GROUP + 1) % GROUPS}, 256; mov.u32 $0, 0;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _computed(mass):
-    """The same sums; nothing that comes after is begun before they are there. A branch holds the assembler to that,
-    which else waits for products before it computes weights. It is never taken: no sum is that large."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred %again;
-            .reg .f32 %greater;
-            max.f32 %greater, $2, $3;
-            setp.gt.f32 %again, %greater, 0f7E967699;
-            AGAIN:
-            vote.sync.any.pred %again, %again, 0xffffffff;
-            @!%again bra.uni DONE;
-            nanosleep.u32 64;
-            bra.uni AGAIN;
-            DONE:
-            mov.f32 $0, $2;
-            mov.f32 $1, $3;
-        }
-        """,
-        "=f,=f,f,f", [mass], dtype=gl.float32, is_pure=False, pack=2,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -220,10 +173,7 @@ def _narrowed(wide, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    queries, tiles, bars, state, count, last, scale_log2, GROUP: gl.constexpr, MASKED: gl.constexpr,
-    TURNS: gl.constexpr, HOLD: gl.constexpr,
-):  # fmt: skip
+def _step(queries, tiles, bars, state, count, last, scale_log2, MASKED: gl.constexpr):
     """The scores of a block, the `count`th of this program, and meanwhile the values of the one before.
 
     state   (weights of the block before, maximum, sum, weighted values without that block)
@@ -234,18 +184,12 @@ def _step(
     STAGES: gl.constexpr = keys.type.shape[0]
     stage, old = count % STAGES, (count - 1) % STAGES
     mbarrier.wait(keys_ready.index(stage), count // STAGES % 2)
-    if TURNS > 0:
-        _take_turn(GROUP)
     scores = _multiply_keys(queries, keys.index(stage))
     mbarrier.wait(values_ready.index(old), (count - 1) // STAGES % 2)
     acc = hopper.warpgroup_mma(weights, values.index(old), acc, is_async=True)
-    if TURNS > 0:
-        _pass_turn(GROUP, TURNS)
     scores = hopper.warpgroup_mma_wait(1, deps=[scores])
     wide, m, mass, factor = _weights(scores, m, mass, scale_log2, last, MASKED)
-    if HOLD == 1:
-        mass = _computed(mass)
-    acc, mass = hopper.warpgroup_mma_wait(0, deps=[acc, mass])  # not before the weights are summed
+    acc = hopper.warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(released.index(stage), count=1)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
     weights = gl.convert_layout(_narrowed(wide, weights.dtype), weights.type.layout)
@@ -262,6 +206,18 @@ def _load_queries(queries, rows, HEAD_DIM: gl.constexpr, GQA: gl.constexpr, GROU
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     offset = (q_start + row // GQA).to(gl.int64) * q_stride + (head * GQA + row % GQA) * HEAD_DIM
     return gl.load(q_ptr + offset[:, None] + dims[None, :], mask=(row < num_q * GQA)[:, None], other=0.0)
+
+
+@gluon.jit
+def _put_queries(tile, q, KEPT: gl.constexpr):
+    """Query rows where products find them: in their tile, or, if KEPT, in registers."""
+    tile.store(q)
+    if KEPT:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+        return tile.load(gl.DotOperandLayout(0, layout, 2))
+    else:
+        hopper.fence_async_shared()
+        return tile
 
 
 @gluon.jit
@@ -289,14 +245,11 @@ def _write(outputs, rows, part, m, mass, acc, NUM_KV: gl.constexpr, GQA: gl.cons
 
 
 @gluon.jit
-def _attend_blocks(
-    scores, q_tile, tiles, bars, count, positions, scale_log2, GQA: gl.constexpr, GROUP: gl.constexpr,
-    TURNS: gl.constexpr, HOLD: gl.constexpr,
-):  # fmt: skip
+def _attend_blocks(scores, queries, tiles, bars, count, positions, scale_log2, GQA: gl.constexpr, GROUP: gl.constexpr):
     """All of a pair but the values of its first block: greatest scores, masses, weighted values, the weights of that
     block, and the blocks counted on. `scores` are those of its last block."""
     BLOCK_N: gl.constexpr = scores.type.shape[1]
-    HEAD_DIM: gl.constexpr = q_tile.type.shape[1]
+    HEAD_DIM: gl.constexpr = tiles[0].type.shape[2]
     rows: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     first, end, first_position = positions
@@ -309,24 +262,20 @@ def _attend_blocks(
     acc = gl.zeros([_ROWS, HEAD_DIM], gl.float32, o_layout)
     start = first + (num_blocks - 1) * BLOCK_N
     wide, m, mass, _ = _weights(scores, m, mass, scale_log2, last - start, True)
-    weights = gl.convert_layout(_narrowed(wide, q_tile.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    weights = gl.convert_layout(_narrowed(wide, tiles[0].dtype), gl.DotOperandLayout(0, o_layout, 2))
     for start in range(first + (num_blocks - 2) * BLOCK_N, first + num_unmasked * BLOCK_N - 1, -BLOCK_N):
         state = (weights, m, mass, acc)
-        weights, m, mass, acc = _step(
-            q_tile, tiles, bars, state, count, last - start, scale_log2, GROUP, True, TURNS, HOLD
-        )
+        weights, m, mass, acc = _step(queries, tiles, bars, state, count, last - start, scale_log2, True)
         count += 1
     for _ in range(gl.minimum(num_blocks - 1, num_unmasked)):
         state = (weights, m, mass, acc)
-        weights, m, mass, acc = _step(q_tile, tiles, bars, state, count, last, scale_log2, GROUP, False, TURNS, HOLD)
+        weights, m, mass, acc = _step(queries, tiles, bars, state, count, last, scale_log2, False)
         count += 1
     return m, mass, acc, weights, count
 
 
 @gluon.jit
-def _attend(
-    step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr
-):
+def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr, KEPT: gl.constexpr):
     """The rows of one group of warps, of all pairs of this program. The first scores of a pair are asked for before
     the outputs of the one before are written."""
     queries, outputs, scale_log2, work, q_tiles, tiles, bars = step
@@ -336,30 +285,26 @@ def _attend(
     STAGES: gl.constexpr = keys.type.shape[0]
     HEAD_DIM: gl.constexpr = keys.type.shape[2]
     q_tile = q_tiles.index(GROUP)
-    if TURNS == GROUP + 1:
-        _pass_turn(GROUP, TURNS)
     if turns > 0:
         rows, positions, part = _load_pair(items, 0, turns, NUM_KV)
-        q_tile.store(_load_queries(queries, rows, HEAD_DIM, GQA, GROUP))
-        hopper.fence_async_shared()
+        q = _put_queries(q_tile, _load_queries(queries, rows, HEAD_DIM, GQA, GROUP), KEPT)
         mbarrier.wait(keys_ready.index(0), 0)
-        scores = hopper.warpgroup_mma_wait(0, deps=[_multiply_keys(q_tile, keys.index(0))])
+        scores = hopper.warpgroup_mma_wait(0, deps=[_multiply_keys(q, keys.index(0))])
         mbarrier.arrive(released.index(0), count=1)
         count = 1
         for turn in range(turns):
             has_next = turn + 1 < turns
             next_rows, next_positions, next_part = _load_pair(items, turn + 1, turns, NUM_KV)
             m, mass, acc, weights, count = _attend_blocks(
-                scores, q_tile, tiles, bars, count, positions, scale_log2, GQA, GROUP, TURNS, HOLD
+                scores, q, tiles, bars, count, positions, scale_log2, GQA, GROUP
             )
-            q = _load_queries(queries, next_rows, HEAD_DIM, GQA, GROUP)
+            next_q = _load_queries(queries, next_rows, HEAD_DIM, GQA, GROUP)
             old, stage = (count - 1) % STAGES, count % STAGES
             mbarrier.wait(values_ready.index(old), (count - 1) // STAGES % 2)
             acc = hopper.warpgroup_mma(weights, values.index(old), acc, is_async=True)
-            q_tile.store(q)
-            hopper.fence_async_shared()
+            q = _put_queries(q_tile, next_q, KEPT)
             mbarrier.wait(keys_ready.index(stage), count // STAGES % 2, pred=has_next)  # else of what is there
-            scores = _multiply_keys(q_tile, keys.index(stage))
+            scores = _multiply_keys(q, keys.index(stage))
             acc = hopper.warpgroup_mma_wait(1, deps=[acc])
             _write(outputs, rows, part, m, mass, acc, NUM_KV, GQA, GROUP)
             scores = hopper.warpgroup_mma_wait(0, deps=[scores])
@@ -373,7 +318,7 @@ def hopper_prefill_kernel(
     q_ptr, key_pages, value_pages, table_ptr, metadata_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
     q_stride, out_stride, table_stride, partials_at, items_at,
     NUM_KV: gl.constexpr, GQA: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, TURNS: gl.constexpr, HOLD: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, KEPT: gl.constexpr, PDL: gl.constexpr,
     WIDE: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
     """All prefill items of a step, for every KV head."""
@@ -407,20 +352,20 @@ def hopper_prefill_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (step, NUM_KV, GQA, 0, TURNS, HOLD)),
-                (_attend, (step, NUM_KV, GQA, 1, TURNS, HOLD)),
+                (_attend, (step, NUM_KV, GQA, 0, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 1, KEPT)),
                 (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
                 (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
             ],
             [4, 1, 1],
             [WIDE, NARROW, NARROW],
         )
-    else:
+    elif GROUPS == 3:
         gl.warp_specialize(
             [
-                (_attend, (step, NUM_KV, GQA, 0, TURNS, HOLD)),
-                (_attend, (step, NUM_KV, GQA, 1, TURNS, HOLD)),
-                (_attend, (step, NUM_KV, GQA, 2, TURNS, HOLD)),
+                (_attend, (step, NUM_KV, GQA, 0, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 1, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 2, KEPT)),
                 (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
                 (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
             ],
@@ -428,20 +373,32 @@ def hopper_prefill_kernel(
             [WIDE, WIDE, NARROW, NARROW],
         )
 
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (step, NUM_KV, GQA, 0, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 1, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 2, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 3, KEPT)),
+                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
+                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
+            ],
+            [4, 4, 4, 1, 1],
+            [WIDE, WIDE, WIDE, NARROW, NARROW],
+        )
+
 
 @dataclass(frozen=True)
 class HopperTile:
     """One variant: `groups` of 64 query rows, BLOCK_N positions at a time, `stages` of keys and of values held.
 
-    takes_turns   groups issue their products one after the other
-    holds         a group computes the weights of a block before it waits for the values of the one before
+    keeps_queries   in registers
     """
 
     groups: int
     block_n: int
     stages: int
-    takes_turns: bool = True
-    holds: bool = True
+    keeps_queries: bool = False
 
     @property
     def rows(self) -> int:
@@ -489,7 +446,9 @@ class HopperPrefill:
     ) -> None:  # fmt: skip
         """As `PagedAttention.run`, for up to `num_items` prefill items; keys and values in the dtype of queries."""
         shape, tile, limits = self._shape, self._tile, self._limits
-        wide, narrow, most = (232, 40, 168) if tile.groups == 2 else (160, 32, 128)  # registers of a thread
+        wide, narrow, most = {2: (232, 40, 168), 3: (160, 32, 128), 4: (112, 40, 96)}[
+            tile.groups
+        ]  # registers of a thread
         layout = gl.NVMMASharedLayout(128, 16, 2)
         pages = [TensorDescriptor.from_tensor(pool, [self._page_size, 64], layout) for pool in (keys, values)]
         programs = min(self.num_programs, num_items * shape.num_kv_heads)
@@ -497,7 +456,7 @@ class HopperPrefill:
             q, *pages, page_table, metadata, partial, lse, out, shape.scale * _LOG2_E,
             q.stride(0), out.stride(0), page_table.stride(0), limits.partials_at, limits.items_at,
             NUM_KV=shape.num_kv_heads, GQA=shape.num_heads // shape.num_kv_heads, HEAD_DIM=shape.head_dim,
-            PAGE=self._page_size, BLOCK_N=tile.block_n, STAGES=tile.stages, GROUPS=tile.groups,
-            TURNS=tile.groups if tile.takes_turns else 0, HOLD=int(tile.holds), PDL=self._pdl, WIDE=wide, NARROW=narrow,
+            PAGE=self._page_size, BLOCK_N=tile.block_n, STAGES=tile.stages, GROUPS=tile.groups, KEPT=tile.keeps_queries,
+            PDL=self._pdl, WIDE=wide, NARROW=narrow,
             num_warps=4, maxnreg=most, **launch_options(self._pdl),
         )  # fmt: skip
