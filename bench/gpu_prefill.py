@@ -1,8 +1,8 @@
 """Attention of prompts, kernel beside kernel: TFLOP/s of each over the same pages. One JSON line per case and kernel.
 
-    python bench/gpu_prefill.py [--only PART_OF_A_NAME] [--kernel NAME]
+    python bench/gpu_prefill.py [--only PART_OF_A_NAME]
 
-Each result is compared with the reference first, at the first, middle and last tokens of some rows.
+Each result is compared with the reference first, at the first, middle and last tokens of the first and last row.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,8 @@ from headrace.kernels.triton.work_items import LaunchBounds
 from tests.kernels.oracles import reference_attention
 
 SHAPES = {"32q/8kv x 128": (32, 8, 128), "16q/8kv x 128": (16, 8, 128), "14q/2kv x 64": (14, 2, 64)}
-STEPS = {
-    "16 x 1024": (16, 1024, 0),
-    "8192 over 16384": (1, 8192, 16384),
-    "8192 over 60000": (1, 8192, 60000),
-    "2048 over 16384": (1, 2048, 16384),
+STEPS = {"16 x 1024": (16, 1024, 0)} | {
+    f"{num_q} over {before}": (1, num_q, before) for num_q, before in ((8192, 16384), (8192, 60000), (2048, 16384))
 }
 CHECKED = 24  # tokens at each place
 
@@ -61,10 +57,8 @@ class Prompts(Paged):
     def ours(self, tiles: AttentionTiles | None) -> Callable[[], None]:
         """Our kernels: those that are chosen, or these."""
         attention, metadata, summary = self.build(tiles=tiles)
-        bounds = LaunchBounds(0, summary.num_prefill, len(self.q) if summary.num_partials else 0)
-        if summary.num_decode:
-            bounds = replace(bounds, decode=summary.num_decode)
-        turn = count()
+        merged = len(self.q) if summary.num_partials else 0
+        bounds, turn = LaunchBounds(summary.num_decode, summary.num_prefill, merged), count()
 
         def call() -> None:
             keys, values = self.pools[next(turn) % self.copies]
@@ -94,41 +88,33 @@ class Prompts(Paged):
 
         return call
 
-    def calls(self) -> dict[str, Callable[[], Callable[[], None]]]:
-        """What makes ready each kernel."""
-        plain = choose_tiles(self.heads // self.kv, self.dim, BF16, invariant=False)
-        return {"chosen": lambda: self.ours(None), "triton": lambda: self.ours(plain), "flashinfer": self.flashinfer}
-
-
-def measure(case: Prompts, call: Callable[[], None]) -> dict[str, float]:
-    """Error, and what one call takes."""
-    case.out.fill_(float("nan"))
-    call()
-    error = case.error()
-    us = 1e3 * float(triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median"))
-    return {"us": round(us, 1), "tflops": round(case.flops / us / 1e6, 1), "error": error}
+    def measure(self, kernel: str) -> dict[str, object]:
+        """Error, and what one call takes; or why there is none."""
+        general = choose_tiles(self.heads // self.kv, self.dim, BF16, invariant=False)
+        try:
+            call = self.flashinfer() if kernel == "flashinfer" else self.ours(general if kernel == "general" else None)
+        except ImportError as error:
+            return {"skipped": str(error)}
+        self.out.fill_(float("nan"))
+        call()
+        error = self.error()
+        us = 1e3 * float(triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median"))
+        return {"us": round(us, 1), "tflops": round(self.flops / us / 1e6, 1), "error": error, "wrong": error > 1e-2}
 
 
 def main() -> int:
     """Print every case; 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--kernel", default="")
-    arguments = parser.parse_args()
-    wrong = False
-    for shape in SHAPES:
-        for step in (step for step in STEPS if arguments.only in f"{step}, {shape}"):
-            case = Prompts.make(shape, step)
-            for name, prepare in case.calls().items():
-                if arguments.kernel not in name:
-                    continue
-                try:
-                    found = measure(case, prepare())
-                except ImportError as error:
-                    print(json.dumps({"case": f"{step}, {shape}", "kernel": name, "skipped": str(error)}), flush=True)
-                    continue
-                wrong |= not found["error"] < 1e-2
-                print(json.dumps({"case": f"{step}, {shape}", "kernel": name, **found}), flush=True)
+    parser.add_argument("--only", default="", help="of the cases")
+    only, wrong = parser.parse_args().only, False
+    for shape, step in product(SHAPES, STEPS):
+        if only not in f"{step}, {shape}":
+            continue
+        case = Prompts.make(shape, step)
+        for kernel in ("chosen", "general", "flashinfer"):
+            found = case.measure(kernel)
+            wrong |= bool(found.get("wrong"))
+            print(json.dumps({"case": f"{step}, {shape}", "kernel": kernel, **found}), flush=True)
     return int(wrong)
 
 

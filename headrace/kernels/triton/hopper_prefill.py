@@ -1,14 +1,15 @@
 """Attention of prompts on Hopper: the prefill items of `work_items`, as its matrix units want them fed.
 
 Owns the kernel, its tile sizes and what it can run. The algorithm is FlashAttention-3's (Shah et al., 2024): warps that
-only fetch, and groups of four warps that multiply, 64 query rows each. A group asks for the scores of the next block
-before it computes the weights of the block at hand, so matrix unit and exponentials are busy at once, and groups take
-turns at the matrix unit. Keys and values come by TMA, a page of one KV head at a time, into tiles of BLOCK_N positions
-that are held as halves of 64 columns: so the rows of a page are one run of 128-byte rows, swizzled as the unit reads
-them. A program walks several (item, KV head) pairs, its fetching warps ahead of the others.
+only fetch, and groups of four warps that multiply, 64 query rows each. A group asks for the scores of a block together
+with the values of the one before, and while it computes weights, the matrix unit is another group's. Keys and values
+come by TMA, a page of one KV head at a time, into tiles of BLOCK_N positions that are held as halves of 64 columns: so
+the rows of a page are one run of 128-byte rows, swizzled as the unit reads them. A program walks several (item, KV
+head) pairs, its fetching warps ahead of the others.
 
-Blocks go from the last to the first: what has to be masked comes first. Legend: T packed tokens, H query heads, G kv
-heads, D head size.
+Blocks go from the last to the first: what has to be masked comes first. Steps are counted over all pairs of a program:
+step `count` has the scores of one block and the values of the block before, and releases both of their tiles.
+Legend: T packed tokens, H query heads, G kv heads, D head size.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return,assignment"
 
@@ -209,18 +210,6 @@ def _load_queries(queries, rows, HEAD_DIM: gl.constexpr, GQA: gl.constexpr, GROU
 
 
 @gluon.jit
-def _put_queries(tile, q, KEPT: gl.constexpr):
-    """Query rows where products find them: in their tile, or, if KEPT, in registers."""
-    tile.store(q)
-    if KEPT:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-        return tile.load(gl.DotOperandLayout(0, layout, 2))
-    else:
-        hopper.fence_async_shared()
-        return tile
-
-
-@gluon.jit
 def _write(outputs, rows, part, m, mass, acc, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
     """The rows' outputs, or their partial results. rows: as above."""
     out_ptr, out_stride, partial_ptr, lse_ptr, first_partials = outputs
@@ -275,7 +264,7 @@ def _attend_blocks(scores, queries, tiles, bars, count, positions, scale_log2, G
 
 
 @gluon.jit
-def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr, KEPT: gl.constexpr):
+def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
     """The rows of one group of warps, of all pairs of this program. The first scores of a pair are asked for before
     the outputs of the one before are written."""
     queries, outputs, scale_log2, work, q_tiles, tiles, bars = step
@@ -287,24 +276,26 @@ def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr, 
     q_tile = q_tiles.index(GROUP)
     if turns > 0:
         rows, positions, part = _load_pair(items, 0, turns, NUM_KV)
-        q = _put_queries(q_tile, _load_queries(queries, rows, HEAD_DIM, GQA, GROUP), KEPT)
+        q_tile.store(_load_queries(queries, rows, HEAD_DIM, GQA, GROUP))
+        hopper.fence_async_shared()
         mbarrier.wait(keys_ready.index(0), 0)
-        scores = hopper.warpgroup_mma_wait(0, deps=[_multiply_keys(q, keys.index(0))])
+        scores = hopper.warpgroup_mma_wait(0, deps=[_multiply_keys(q_tile, keys.index(0))])
         mbarrier.arrive(released.index(0), count=1)
         count = 1
         for turn in range(turns):
             has_next = turn + 1 < turns
             next_rows, next_positions, next_part = _load_pair(items, turn + 1, turns, NUM_KV)
             m, mass, acc, weights, count = _attend_blocks(
-                scores, q, tiles, bars, count, positions, scale_log2, GQA, GROUP
+                scores, q_tile, tiles, bars, count, positions, scale_log2, GQA, GROUP
             )
             next_q = _load_queries(queries, next_rows, HEAD_DIM, GQA, GROUP)
             old, stage = (count - 1) % STAGES, count % STAGES
             mbarrier.wait(values_ready.index(old), (count - 1) // STAGES % 2)
             acc = hopper.warpgroup_mma(weights, values.index(old), acc, is_async=True)
-            q = _put_queries(q_tile, next_q, KEPT)
+            q_tile.store(next_q)
+            hopper.fence_async_shared()
             mbarrier.wait(keys_ready.index(stage), count // STAGES % 2, pred=has_next)  # else of what is there
-            scores = _multiply_keys(q, keys.index(stage))
+            scores = _multiply_keys(q_tile, keys.index(stage))
             acc = hopper.warpgroup_mma_wait(1, deps=[acc])
             _write(outputs, rows, part, m, mass, acc, NUM_KV, GQA, GROUP)
             scores = hopper.warpgroup_mma_wait(0, deps=[scores])
@@ -318,7 +309,7 @@ def hopper_prefill_kernel(
     q_ptr, key_pages, value_pages, table_ptr, metadata_ptr, partial_ptr, lse_ptr, out_ptr, scale_log2,
     q_stride, out_stride, table_stride, partials_at, items_at,
     NUM_KV: gl.constexpr, GQA: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, KEPT: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr,
     WIDE: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
     """All prefill items of a step, for every KV head."""
@@ -352,20 +343,20 @@ def hopper_prefill_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (step, NUM_KV, GQA, 0, KEPT)),
-                (_attend, (step, NUM_KV, GQA, 1, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 0)),
+                (_attend, (step, NUM_KV, GQA, 1)),
                 (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
                 (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
             ],
             [4, 1, 1],
             [WIDE, NARROW, NARROW],
         )
-    elif GROUPS == 3:
+    else:
         gl.warp_specialize(
             [
-                (_attend, (step, NUM_KV, GQA, 0, KEPT)),
-                (_attend, (step, NUM_KV, GQA, 1, KEPT)),
-                (_attend, (step, NUM_KV, GQA, 2, KEPT)),
+                (_attend, (step, NUM_KV, GQA, 0)),
+                (_attend, (step, NUM_KV, GQA, 1)),
+                (_attend, (step, NUM_KV, GQA, 2)),
                 (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
                 (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
             ],
@@ -373,32 +364,14 @@ def hopper_prefill_kernel(
             [WIDE, WIDE, NARROW, NARROW],
         )
 
-    else:
-        gl.warp_specialize(
-            [
-                (_attend, (step, NUM_KV, GQA, 0, KEPT)),
-                (_attend, (step, NUM_KV, GQA, 1, KEPT)),
-                (_attend, (step, NUM_KV, GQA, 2, KEPT)),
-                (_attend, (step, NUM_KV, GQA, 3, KEPT)),
-                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
-                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
-            ],
-            [4, 4, 4, 1, 1],
-            [WIDE, WIDE, WIDE, NARROW, NARROW],
-        )
-
 
 @dataclass(frozen=True)
 class HopperTile:
-    """One variant: `groups` of 64 query rows, BLOCK_N positions at a time, `stages` of keys and of values held.
-
-    keeps_queries   in registers
-    """
+    """One variant: `groups` of 64 query rows, BLOCK_N positions at a time, `stages` of keys and of values held."""
 
     groups: int
     block_n: int
     stages: int
-    keeps_queries: bool = False
 
     @property
     def rows(self) -> int:
@@ -414,7 +387,8 @@ def choose_hopper_tile(
     fits &= shape.num_heads <= 128 * shape.num_kv_heads
     if not fits or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    return HopperTile(groups=2, block_n=128, stages=2 if shape.head_dim == 128 else 4)
+    # Of heads of 64 the exponentials take as long as the products: a third group fills in.
+    return HopperTile(2, 128, 2) if shape.head_dim == 128 else HopperTile(3, 128, 4)
 
 
 class HopperPrefill:
@@ -456,7 +430,7 @@ class HopperPrefill:
             q, *pages, page_table, metadata, partial, lse, out, shape.scale * _LOG2_E,
             q.stride(0), out.stride(0), page_table.stride(0), limits.partials_at, limits.items_at,
             NUM_KV=shape.num_kv_heads, GQA=shape.num_heads // shape.num_kv_heads, HEAD_DIM=shape.head_dim,
-            PAGE=self._page_size, BLOCK_N=tile.block_n, STAGES=tile.stages, GROUPS=tile.groups, KEPT=tile.keeps_queries,
+            PAGE=self._page_size, BLOCK_N=tile.block_n, STAGES=tile.stages, GROUPS=tile.groups,
             PDL=self._pdl, WIDE=wide, NARROW=narrow,
             num_warps=4, maxnreg=most, **launch_options(self._pdl),
         )  # fmt: skip
