@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -234,6 +236,8 @@ def test_every_step_size_that_may_be_set_has_room(group_size: int) -> None:
     """Also thousands of rows, and prompts of 131,072 tokens in one step."""
     for dtype, invariant in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
         sizes = choose_tiles(group_size, 128, dtype, invariant=invariant).tokens(group_size)
+        if dtype == torch.bfloat16 and not invariant:
+            sizes = replace(sizes, walkers=132)  # as on Hopper: room for more items than elsewhere
         for max_tokens in (1, 100, 2048, 4096, 8192, 16384, 1 << 17):
             for kv in (1, 8, 32):
                 fixed = 256 if invariant else None
