@@ -97,43 +97,74 @@ def _page_numbers(table, first, end, PAGE: gl.constexpr, PAGES: gl.constexpr):
 
 
 @gluon.jit
+def _ask_for_queries(queries, rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, GQA: gl.constexpr):
+    """Have a pair's query rows brought to the cache; nothing waits for them. For one warp."""
+    q_ptr, q_stride = queries
+    first_token, num_tokens, head = rows
+    row = gl.minimum(gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0])), num_tokens * GQA - 1)
+    first = (first_token + row // GQA).to(gl.int64) * q_stride + (head * GQA + row % GQA) * HEAD_DIM
+    for half in gl.static_range(HEAD_DIM // _HALF):
+        line = (q_ptr + first + half * _HALF).to(gl.int64)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def _load_range(items, turn, turns, NUM_KV: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Page-table row, KV head, first and end position of a turn's pair, and where its last block begins."""
+    item, head = _find_pair(items, turn, turns, NUM_KV)
+    row, first, end = gl.load(item + 2), gl.load(item + 3), gl.load(item + 4)
+    return row, head, first, end, first + (gl.cdiv(end - first, BLOCK_N) - 1) * BLOCK_N
+
+
+@gluon.jit
+def _fetch_block(pool, pages, head, count, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BEHIND: gl.constexpr):
+    """The `count`th tile of a program, when step `count + BEHIND - STAGES` has released its place."""
+    boxes_of, tiles, ready, released = pool
+    STAGES: gl.constexpr = ready.type.shape[0]
+    BOXES: gl.constexpr = tiles.type.shape[0] // STAGES
+    HALVES: gl.constexpr = BOXES // len(pages)
+    bar, first = ready.index(count % STAGES), count % STAGES * BOXES
+    mbarrier.wait(released.index((count + BEHIND) % STAGES), (count + BEHIND) // STAGES % 2 ^ 1)
+    mbarrier.expect(bar, BOXES * PAGE * _HALF * 2)
+    for half in gl.static_range(HALVES):
+        for place in gl.static_range(len(pages)):
+            box = tiles.index(first + half * len(pages) + place)
+            _fetch_box(boxes_of, [(pages[place] * NUM_KV + head) * PAGE, half * _HALF], bar, box)
+
+
+@gluon.jit
 def _fetch(
-    pool, work, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BEHIND: gl.constexpr,
+    pool, table, work, queries, NUM_KV: gl.constexpr, GQA: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    ROWS: gl.constexpr, BEHIND: gl.constexpr,
 ):  # fmt: skip
-    """Fill tiles with the keys, or the values, of all blocks of all pairs of this program, as they are released:
-    BEHIND steps after the one that had their block's scores."""
-    pages_of, tiles, ready, released, table_ptr, table_stride = pool
-    PAGES: gl.constexpr = BLOCK_N // PAGE
-    HALVES: gl.constexpr = tiles.type.shape[0] // (STAGES * PAGES)
+    """Fill tiles with the keys (BEHIND 0) or the values (1) of all blocks of all pairs of this program."""
+    table_ptr, table_stride = table
     items, turns = work
+    PAGES: gl.constexpr = BLOCK_N // PAGE
+    HEAD_DIM: gl.constexpr = pool[1].type.shape[0] // (pool[2].type.shape[0] * PAGES) * _HALF
     count = 0
     if turns > 0:
-        item, head = _find_pair(items, 0, turns, NUM_KV)
-        row, first, end = gl.load(item + 2), gl.load(item + 3), gl.load(item + 4)
-        start = first + (gl.cdiv(end - first, BLOCK_N) - 1) * BLOCK_N
+        row, head, first, end, start = _load_range(items, 0, turns, NUM_KV, BLOCK_N)
         pages = _page_numbers(table_ptr + row.to(gl.int64) * table_stride, start, end, PAGE, PAGES)
         for turn in range(turns):
-            item, next_head = _find_pair(items, turn + 1, turns, NUM_KV)
-            next_row, next_first, next_end = gl.load(item + 2), gl.load(item + 3), gl.load(item + 4)
-            next_start = next_first + (gl.cdiv(next_end - next_first, BLOCK_N) - 1) * BLOCK_N
+            next_row, next_head, next_first, next_end, next_start = _load_range(
+                items, turn + 1, turns, NUM_KV, BLOCK_N
+            )
+            if BEHIND == 0:
+                rows, _, _ = _load_pair(items, turn + 1, turns, NUM_KV)
+                _ask_for_queries(queries, rows, ROWS, HEAD_DIM, GQA)
             for at in range(start, first - 1, -BLOCK_N):
                 is_last = at == first
                 ahead_row, ahead_end = gl.where(is_last, next_row, row), gl.where(is_last, next_end, end)
-                ahead_table = table_ptr + ahead_row.to(gl.int64) * table_stride
                 ahead_start = gl.where(is_last, next_start, at - BLOCK_N)
+                ahead_table = table_ptr + ahead_row.to(gl.int64) * table_stride
                 next_pages = _page_numbers(ahead_table, ahead_start, ahead_end, PAGE, PAGES)
-                stage = count % STAGES
-                bar = ready.index(stage)
-                mbarrier.wait(released.index((count + BEHIND) % STAGES), (count + BEHIND) // STAGES % 2 ^ 1)
-                mbarrier.expect(bar, HALVES * BLOCK_N * _HALF * 2)
-                for half in gl.static_range(HALVES):
-                    for place in gl.static_range(PAGES):
-                        box = tiles.index((stage * HALVES + half) * PAGES + place)
-                        _fetch_box(pages_of, [(pages[place] * NUM_KV + head) * PAGE, half * _HALF], bar, box)
+                _fetch_block(pool, pages, head, count, NUM_KV, PAGE, BEHIND)
                 count += 1
                 pages = next_pages
-            head, row, first, end, start = next_head, next_row, next_first, next_end, next_start
+            row, head, first, end, start = next_row, next_head, next_first, next_end, next_start
 
 
 @gluon.jit
@@ -198,39 +229,48 @@ def _step(queries, tiles, bars, state, count, last, scale_log2, MASKED: gl.const
 
 
 @gluon.jit
-def _load_queries(queries, rows, HEAD_DIM: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
-    """A group's query rows. rows: (first token, number of tokens, KV head)."""
-    q_ptr, q_stride = queries
-    q_start, num_q, head = rows
+def _row_places(rows, stride, HEAD_DIM: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
+    """Where a group's rows are in an array [T, H, D], 16 bytes a thread, and which there are. rows: (first token,
+    number of tokens, KV head)."""
+    first_token, num_tokens, head = rows
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     row = GROUP * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    offset = (q_start + row // GQA).to(gl.int64) * q_stride + (head * GQA + row % GQA) * HEAD_DIM
-    return gl.load(q_ptr + offset[:, None] + dims[None, :], mask=(row < num_q * GQA)[:, None], other=0.0)
+    first = (first_token + row // GQA).to(gl.int64) * stride + (head * GQA + row % GQA) * HEAD_DIM
+    return first[:, None] + dims[None, :], (row < num_tokens * GQA)[:, None]
 
 
 @gluon.jit
-def _write(outputs, rows, part, m, mass, acc, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
-    """The rows' outputs, or their partial results. rows: as above."""
+def _load_queries(queries, rows, HEAD_DIM: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
+    """A group's query rows; zeros where there are none."""
+    q_ptr, q_stride = queries
+    places, valid = _row_places(rows, q_stride, HEAD_DIM, GQA, GROUP)
+    return gl.load(q_ptr + places, mask=valid, other=0.0)
+
+
+@gluon.jit
+def _write(tile, outputs, rows, part, m, mass, acc, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
+    """The rows' outputs, by way of a tile, or their partial results."""
     out_ptr, out_stride, partial_ptr, lse_ptr, first_partials = outputs
-    q_start, num_q, head = rows
     HEAD_DIM: gl.constexpr = acc.type.shape[1]
     layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    row = GROUP * _ROWS + gl.arange(0, _ROWS, layout)
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc.type.layout))
-    token, q_head, valid = q_start + row // GQA, head * GQA + row % GQA, row < num_q * GQA
     seen = mass > 0
     divisor = gl.where(seen, mass, 1.0)
     acc = acc * gl.convert_layout(1.0 / divisor, layout)[:, None]
     if part < 0:
-        at = token.to(gl.int64) * out_stride + q_head * HEAD_DIM
-        gl.store(out_ptr + at[:, None] + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+        places, valid = _row_places(rows, out_stride, HEAD_DIM, GQA, GROUP)
+        tile.store(acc.to(tile.dtype))
+        gl.store(out_ptr + places, tile.load(places.type.layout), mask=valid)
     else:
+        first_token, num_tokens, head = rows
+        row = GROUP * _ROWS + gl.arange(0, _ROWS, layout)
+        dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc.type.layout))
+        there = row < num_tokens * GQA
         lse = gl.convert_layout(gl.where(seen, m + gl.log2(divisor), -1e30), layout)
-        partial = gl.load(first_partials + token, mask=valid, other=0) + part
-        result = partial.to(gl.int64) * (NUM_KV * GQA) + q_head
-        gl.store(partial_ptr + result[:, None] * HEAD_DIM + dims[None, :], acc, mask=valid[:, None])
-        gl.store(lse_ptr + result, lse, mask=valid)
+        partial = gl.load(first_partials + first_token + row // GQA, mask=there, other=0) + part
+        result = partial.to(gl.int64) * (NUM_KV * GQA) + head * GQA + row % GQA
+        gl.store(partial_ptr + result[:, None] * HEAD_DIM + dims[None, :], acc, mask=there[:, None])
+        gl.store(lse_ptr + result, lse, mask=there)
 
 
 @gluon.jit
@@ -267,7 +307,7 @@ def _attend_blocks(scores, queries, tiles, bars, count, positions, scale_log2, G
 def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
     """The rows of one group of warps, of all pairs of this program. The first scores of a pair are asked for before
     the outputs of the one before are written."""
-    queries, outputs, scale_log2, work, q_tiles, tiles, bars = step
+    queries, outputs, scale_log2, work, q_tiles, out_tiles, tiles, bars = step
     items, turns = work
     keys, values = tiles
     keys_ready, values_ready, released = bars
@@ -297,7 +337,7 @@ def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
             mbarrier.wait(keys_ready.index(stage), count // STAGES % 2, pred=has_next)  # else of what is there
             scores = _multiply_keys(q_tile, keys.index(stage))
             acc = hopper.warpgroup_mma_wait(1, deps=[acc])
-            _write(outputs, rows, part, m, mass, acc, NUM_KV, GQA, GROUP)
+            _write(out_tiles.index(GROUP), outputs, rows, part, m, mass, acc, NUM_KV, GQA, GROUP)
             scores = hopper.warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(released.index(stage), count=1, pred=has_next)
             rows, positions, part = next_rows, next_positions, next_part
@@ -323,6 +363,7 @@ def hopper_prefill_kernel(
     keys = _seen_as(key_boxes, [STAGES, BLOCK_N, HEAD_DIM])
     values = _seen_as(value_boxes, [STAGES, BLOCK_N, HEAD_DIM])
     q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, HEAD_DIM], swizzled)
+    out_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, HEAD_DIM], swizzled)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     released = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -337,16 +378,17 @@ def hopper_prefill_kernel(
     work, queries = (items, _num_turns(gl.load(header + 1) * NUM_KV)), (q_ptr, q_stride)
     outputs = (out_ptr, out_stride, partial_ptr, lse_ptr, metadata_ptr + partials_at)
     tiles, bars = (keys, values), (keys_ready, values_ready, released)
-    keys_of = (key_pages, key_boxes, keys_ready, released, table_ptr, table_stride)
-    values_of = (value_pages, value_boxes, values_ready, released, table_ptr, table_stride)
-    step = (queries, outputs, scale_log2, work, q_tiles, tiles, bars)
+    keys_of, values_of = (key_pages, key_boxes, keys_ready, released), (value_pages, value_boxes, values_ready, released)
+    table = (table_ptr, table_stride)
+    ROWS: gl.constexpr = 128 if GROUPS == 2 else 256  # a power of two
+    step = (queries, outputs, scale_log2, work, q_tiles, out_tiles, tiles, bars)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_attend, (step, NUM_KV, GQA, 0)),
                 (_attend, (step, NUM_KV, GQA, 1)),
-                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
-                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
+                (_fetch, (keys_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 0)),
+                (_fetch, (values_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 1)),
             ],
             [4, 1, 1],
             [WIDE, NARROW, NARROW],
@@ -357,8 +399,8 @@ def hopper_prefill_kernel(
                 (_attend, (step, NUM_KV, GQA, 0)),
                 (_attend, (step, NUM_KV, GQA, 1)),
                 (_attend, (step, NUM_KV, GQA, 2)),
-                (_fetch, (keys_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 0)),
-                (_fetch, (values_of, work, NUM_KV, PAGE, BLOCK_N, STAGES, 1)),
+                (_fetch, (keys_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 0)),
+                (_fetch, (values_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 1)),
             ],
             [4, 4, 1, 1],
             [WIDE, WIDE, NARROW, NARROW],
