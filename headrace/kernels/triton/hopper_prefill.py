@@ -149,9 +149,7 @@ def _fetch(
         row, head, first, end, start = _load_range(items, 0, turns, NUM_KV, BLOCK_N)
         pages = _page_numbers(table_ptr + row.to(gl.int64) * table_stride, start, end, PAGE, PAGES)
         for turn in range(turns):
-            next_row, next_head, next_first, next_end, next_start = _load_range(
-                items, turn + 1, turns, NUM_KV, BLOCK_N
-            )
+            next_row, next_head, next_first, next_end, next_start = _load_range(items, turn + 1, turns, NUM_KV, BLOCK_N)
             if BEHIND == 0:
                 rows, _, _ = _load_pair(items, turn + 1, turns, NUM_KV)
                 _ask_for_queries(queries, rows, ROWS, HEAD_DIM, GQA)
@@ -378,7 +376,10 @@ def hopper_prefill_kernel(
     work, queries = (items, _num_turns(gl.load(header + 1) * NUM_KV)), (q_ptr, q_stride)
     outputs = (out_ptr, out_stride, partial_ptr, lse_ptr, metadata_ptr + partials_at)
     tiles, bars = (keys, values), (keys_ready, values_ready, released)
-    keys_of, values_of = (key_pages, key_boxes, keys_ready, released), (value_pages, value_boxes, values_ready, released)
+    keys_of, values_of = (
+        (key_pages, key_boxes, keys_ready, released),
+        (value_pages, value_boxes, values_ready, released),
+    )
     table = (table_ptr, table_stride)
     ROWS: gl.constexpr = 128 if GROUPS == 2 else 256  # a power of two
     step = (queries, outputs, scale_log2, work, q_tiles, out_tiles, tiles, bars)
