@@ -81,6 +81,7 @@ class Paged:
             BF16,
             DEVICE,
             fixed_split=fixed,
+            kv_dtype=self.pool_dtype,
             **options,  # type: ignore[arg-type]
         )
         planner = AttentionPlanner(limits, attention.tile_sizes, self.page, self.kv, fixed)

@@ -90,7 +90,13 @@ CHOICES = (
         "shared pages are read once",
     ),
     Choice(
-        "chunks of prompts",
+        "chunks of prompts, heads of 64 or 128 in 16 bits, pages of 16, 32 or 64, compute capability 9.0",
+        "any, also beside rows of 1 token",
+        "triton: prefill items of 128 query rows by warps that either fetch or multiply",
+        "twice as fast as the general kernel",
+    ),
+    Choice(
+        "chunks of prompts, others",
         "any, also beside rows of 1 token",
         "triton: prefill items of 128 query rows",
         "FlashInfer multiplies faster, but without graphs, after planning on the host",

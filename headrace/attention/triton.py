@@ -44,7 +44,7 @@ class TritonAttention:
         limits = WorkLimits.of_steps(max_tokens)
         pdl = device.type == "cuda"
         self.pool = pool
-        self.attention = PagedAttention(shape, page_size, limits, dtype, device, split, pdl=pdl)
+        self.attention = PagedAttention(shape, page_size, limits, dtype, device, split, kv_dtype=pool.dtype, pdl=pdl)
         self.projection = HeadProjection(shape, pool, rotary, pdl=pdl)
         self.metadata_size = limits.size
         self._planner = AttentionPlanner(

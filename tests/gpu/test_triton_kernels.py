@@ -73,7 +73,8 @@ class Pages:
             pool[: 8 * PAGE] = 0.0
         self.keys, self.values = (pool.to(pool_dtype) for pool in pools)
         self.groups = np.array([(first, 8, 37) for first in range(0, 64, 8)], np.int32)
-        self.attention = PagedAttention(AttentionShape(heads, 8, DIM), PAGE, LIMITS, BF16, DEVICE, fixed, pdl=pdl)
+        shape = AttentionShape(heads, 8, DIM)
+        self.attention = PagedAttention(shape, PAGE, LIMITS, BF16, DEVICE, fixed, kv_dtype=pool_dtype, pdl=pdl)
         self.planner = AttentionPlanner(LIMITS, self.attention.tile_sizes, PAGE, 8, fixed)
 
     def run(

@@ -45,7 +45,9 @@ class Case:
         self, rows: list[tuple[int, int, int]], groups: list[tuple[int, int, int]], q: Tensor, fixed: int | None,
         tiles: AttentionTiles, bounds: LaunchBounds | None = None,
     ) -> Tensor:  # fmt: skip
-        attention = PagedAttention(self.shape, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles)
+        attention = PagedAttention(
+            self.shape, self.page, LIMITS, self.dtype, DEVICE, fixed_split=fixed, tiles=tiles, kv_dtype=self.keys.dtype
+        )
         planner = AttentionPlanner(LIMITS, attention.tile_sizes, self.page, self.shape.num_kv_heads, fixed)
         buffer = np.full(LIMITS.size, 77, np.int32)
         group_array = np.array(groups, np.int32) if groups else NO_GROUPS
@@ -132,3 +134,12 @@ def test_queries_too_large_for_the_products_beside_float8_stay_finite() -> None:
     case = Case(2, 1, 64, 16, torch.bfloat16, num_rows=1, longest=64, pool_dtype=FLOAT8)
     found = case.run([(0, 40, 1)], [], case.q[:1] * 1e30, None, SMALL)
     assert found.isfinite().all()
+
+
+def test_pools_of_another_dtype_than_said_are_refused() -> None:
+    shape = AttentionShape(2, 1, 64)
+    attention = PagedAttention(shape, 16, LIMITS, torch.float32, DEVICE, kv_dtype=FLOAT8)
+    pool, integers = torch.zeros(32, 64), torch.zeros(1, LIMITS.size, dtype=torch.int32)
+    q = torch.zeros(1, 2, 64)
+    with pytest.raises(ValueError, match="keys of torch.float8_e4m3fn, not torch.float32"):
+        attention.run(q, pool, pool, integers, integers, q, LaunchBounds(1, 0, 1))

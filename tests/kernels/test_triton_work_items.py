@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -195,7 +197,8 @@ def test_bounds_hold_every_step_of_their_size(fixed: int | None) -> None:
     for turn in range(300):
         limits = WorkLimits(600, 2000, int(rng.choice([64, 3000])))
         group_size, page, longest = (int(rng.choice(sizes)) for sizes in ((1, 2, 7, 16), (1, 16, 64), (64, 900, 40000)))
-        tiles, kv = TileSizes(16 // group_size, 128 // group_size), int(rng.choice([1, 8]))
+        walkers, kv = int(rng.choice([0, 132])), int(rng.choice([1, 8]))
+        tiles = TileSizes(16 // group_size, 128 // group_size, walkers)
         planner = AttentionPlanner(limits, tiles, page, kv, fixed, longest if turn % 2 else None)
         num_tokens = int(rng.choice([1, 8, 64, 65, 300, 512]))
         num_rows = int(rng.choice([num_tokens, max(1, num_tokens // 7)]))
@@ -233,6 +236,8 @@ def test_every_step_size_that_may_be_set_has_room(group_size: int) -> None:
     """Also thousands of rows, and prompts of 131,072 tokens in one step."""
     for dtype, invariant in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
         sizes = choose_tiles(group_size, 128, dtype, invariant=invariant).tokens(group_size)
+        if dtype == torch.bfloat16 and not invariant:
+            sizes = replace(sizes, walkers=132)  # as on Hopper: room for more items than elsewhere
         for max_tokens in (1, 100, 2048, 4096, 8192, 16384, 1 << 17):
             for kv in (1, 8, 32):
                 fixed = 256 if invariant else None
@@ -278,6 +283,40 @@ def test_full_parts_of_a_decode_step_run_at_once() -> None:
             assert np.count_nonzero(lengths == summary.split) <= 1056 // kv
             num_cut += summary.num_decode > num_rows
         assert num_cut > 10
+
+
+def walks_of(items: np.ndarray, kv: int, walkers: int) -> np.ndarray:
+    """Positions that each walker sees, which go there and back over (item, KV head)."""
+    sizes = (items[:, 4] - items[:, 3]).repeat(kv)
+    walks = np.zeros(walkers, np.int64)
+    for at, size in enumerate(sizes):
+        turn, place = divmod(at, walkers)
+        walks[place if turn % 2 == 0 else walkers - 1 - place] += size
+    return walks
+
+
+@pytest.mark.parametrize(("kv", "starts", "lengths"), [
+    (8, [16384], [2048]), (2, [16384], [2048]), (4, [0], [4096]), (8, [60000], [300]), (1, [20000, 30], [2000, 3000]),
+])  # fmt: skip
+def test_walkers_end_together(kv: int, starts: list[int], lengths: list[int]) -> None:
+    tiles = TileSizes(4, 32, 132)
+    planner = AttentionPlanner(WorkLimits(8192, 8192, 16384), tiles, PAGE, kv)
+    rows, buffer = np.arange(len(starts)), np.zeros(planner.limits.size, np.int32)
+    bounds = planner.bounds(len(starts), sum(lengths))
+    summary = planner.fill(buffer, rows, np.array(starts), np.array(lengths), np.zeros((0, 3), np.int32), bounds)
+    items = buffer[planner.limits.items_at : summary.size].reshape(-1, ITEM_SIZE)[summary.num_decode :]
+    assert not (items[:, 3] % 64).any(), "parts begin at whole pages"
+    walks = walks_of(items, kv, 132)
+    assert walks.max() < 1.08 * walks.mean(), "of one part each, or of as many as it takes"
+
+
+def test_prompts_that_keep_walkers_busy_are_left_whole() -> None:
+    planner = AttentionPlanner(WorkLimits(8192, 8192, 16384), TileSizes(4, 32, 132), PAGE, 8)
+    buffer = np.zeros(planner.limits.size, np.int32)
+    summary = planner.fill(
+        buffer, np.arange(1), np.array([16384]), np.array([4096]), np.zeros((0, 3), np.int32), planner.bounds(1, 4096)
+    )
+    assert (summary.num_prefill, summary.num_partials) == (128, 0)
 
 
 def test_a_step_without_rows() -> None:

@@ -17,7 +17,7 @@ tokens, H query heads, G kv heads, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.dependent_launch import launch_options
-from headrace.kernels.triton.float8 import as_pairs, even_halves, is_float8, odd_halves
+from headrace.kernels.triton.float8 import as_pairs, even_halves, odd_halves
+from headrace.kernels.triton.hopper_prefill import HopperPrefill, HopperTile, choose_hopper_tile
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
 from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, LaunchBounds, WorkLimits
 
@@ -296,21 +297,24 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """The variants of both item classes, and of launches of few decode items (same BLOCK_M as `decode`)."""
+    """The variants of both item classes, and of launches of few decode items (same BLOCK_M as `decode`). `hopper` is
+    that of the kernel which runs prefill items where it can, instead of `prefill`."""
 
     decode: AttentionTile
     prefill: AttentionTile
     few: AttentionTile | None = None
+    hopper: HopperTile | None = None
 
     def tokens(self, group_size: int) -> TileSizes:
         """Query tokens per item of each class, for `group_size` query heads per kv head."""
-        return TileSizes(self.decode.block_m // group_size, self.prefill.block_m // group_size)
+        prefill_m = self.prefill.block_m if self.hopper is None else self.hopper.rows
+        return TileSizes(self.decode.block_m // group_size, prefill_m // group_size)
 
 
 def choose_tiles(
     group_size: int, head_dim: int, dtype: torch.dtype, *, invariant: bool, packed: bool = False
 ) -> AttentionTiles:
-    """The variants for a model; `packed` for float8 pools. BLOCK_M, and so the planner's sizes, is the same with both.
+    """The variants for a model of the kernel that runs anywhere; `packed` for float8 pools.
 
     With `invariant` both classes walk blocks of one size and give every row's columns to one warp in one layout, so
     that their sums are the same to the bit.
@@ -332,6 +336,7 @@ class PagedAttention:
     """Attention of one model's layers. Owns the workspace of partial results; allocates nothing after construction.
 
     fixed_split   None, or the split size of batch-invariant results; the planner must be given the same
+    kv_dtype      of the pools; None: that of queries
     pdl           launch with programmatic dependence (see `linear_rows.multiply_row`)
     """
 
@@ -345,17 +350,22 @@ class PagedAttention:
         fixed_split: int | None = None,
         tiles: AttentionTiles | None = None,
         *,
+        kv_dtype: torch.dtype | None = None,
         pdl: bool = False,
     ) -> None:
         self._pdl = pdl
         self._options = launch_options(pdl)
         self.group_size = shape.num_heads // shape.num_kv_heads
         self.limits = limits
-        self._tiles, self._packed_tiles = (
-            tiles
-            or choose_tiles(self.group_size, shape.head_dim, dtype, invariant=fixed_split is not None, packed=packed)
-            for packed in (False, True)
-        )
+        self._kv_dtype = kv_dtype or dtype
+        if tiles is None:
+            invariant, packed = fixed_split is not None, self._kv_dtype == torch.float8_e4m3fn
+            tiles = choose_tiles(self.group_size, shape.head_dim, dtype, invariant=invariant, packed=packed)
+            if not invariant and not packed:
+                tiles = replace(tiles, hopper=choose_hopper_tile(shape, page_size, dtype, device))
+        self._tiles = tiles
+        hopper = tiles.hopper
+        self._hopper = None if hopper is None else HopperPrefill(hopper, shape, page_size, limits, device, pdl=pdl)
         self._shape = shape
         self._page_size = page_size
         self._split = fixed_split or 0
@@ -367,7 +377,8 @@ class PagedAttention:
     @property
     def tile_sizes(self) -> TileSizes:
         """What the planner needs to know."""
-        return self._tiles.tokens(self.group_size)
+        walkers = 0 if self._hopper is None else self._hopper.num_programs
+        return replace(self._tiles.tokens(self.group_size), walkers=walkers)
 
     def run(
         self,
@@ -382,19 +393,24 @@ class PagedAttention:
         """Attend, causally, to keys and values already stored.
 
         q_THD, out_THD   [T, H, D] with contiguous [H, D]; tokens of no item are left as they are
-        keys, values     flat pools [rows, D] of one layer, rows (page * G + head) * page_size + offset; in the dtype of
-                         queries, or float8_e4m3fn
+        keys, values     flat pools [rows, D] of one layer, rows (page * G + head) * page_size + offset
         page_table       int32 [rows, columns]
         metadata         the planner's buffer, int32 on the device
         bounds           at least the items of each class and the tokens; programs beyond what `metadata` holds leave
                          at once. 0 launches nothing
         """
-        tiles = self._packed_tiles if is_float8(keys) else self._tiles
+        if keys.dtype != self._kv_dtype:
+            raise ValueError(f"made for keys of {self._kv_dtype}, not {keys.dtype}")
+        tiles = self._tiles
         operands = (q_THD, *as_pairs(keys, values), page_table, metadata, out_THD)
         if bounds.decode:
             few = tiles.few if bounds.decode * self._shape.num_kv_heads <= FEW_PROGRAMS else None
             self._launch(few or tiles.decode, DECODE, bounds.decode, *operands)
-        if bounds.prefill:
+        if bounds.prefill and self._hopper is not None:
+            self._hopper.launch(
+                bounds.prefill, q_THD, keys, values, page_table, metadata, self._partial, self._lse, out_THD
+            )
+        elif bounds.prefill:
             self._launch(tiles.prefill, PREFILL, bounds.prefill, *operands)
         if bounds.merged:
             self._merge(bounds.merged, metadata, out_THD)

@@ -25,16 +25,23 @@ _MIN_SPLIT = 64  # and the unit of splits: what kernels walk at a time
 _MIN_PREFILL_SPLIT = 1024
 _RESIDENT_PROGRAMS = 1056  # item x kv-head programs that a large device holds at once: eight per multiprocessor
 _TARGET_PREFILL_PROGRAMS = 528  # four per multiprocessor of a large device
+_MOST_WALKED = 1056  # no cut makes more items x kv heads than these, beside what there is
+_ITEM_COST = 128  # positions that a walker could see while it begins an item
+_PART_COST = 128  # while it writes a part, and for the merge
 _MAX_PREFILL_PARTS = 8  # partial results of long prompts are large
 _MAX_PREFILL_ROWS = 64  # more rows than these in one launch share what room it has for prefill items
 
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Query tokens that an item of each class holds: BLOCK_M // query heads per kv head."""
+    """Query tokens that an item of each class holds: BLOCK_M // query heads per kv head.
+
+    walkers   programs that share all prefill items of a launch, in turns, there and back; 0: each item has its own
+    """
 
     decode: int
     prefill: int
+    walkers: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,8 @@ class CutRules:
         most = num_prefill_rows + (num_tokens - num_prefill_rows) // tiles.prefill
         if self._fixed_split is not None:
             return most
-        return min(_MAX_PREFILL_PARTS * most, most + ceil_divide(_TARGET_PREFILL_PROGRAMS, self._num_kv_heads))
+        room = _MOST_WALKED if tiles.walkers else _TARGET_PREFILL_PROGRAMS
+        return min(_MAX_PREFILL_PARTS * most, most + ceil_divide(room, self._num_kv_heads))
 
     def prefill_rows(self, lengths: Int64Array, max_prefill: int) -> npt.NDArray[np.bool_]:
         """Which rows get prefill tiles: those that a decode tile does not hold, the longest where room is scarce."""
@@ -216,15 +224,47 @@ class CutRules:
 
     def _prefill_splits(self, own: Int64Array, is_prefill: npt.NDArray[np.bool_]) -> Int64Array:
         """Per tile: long prompts are cut only where there are too few tiles to fill the device."""
+        if self._tiles.walkers:
+            return _parts_of(own, self._even_parts(own[is_prefill]))
         num_programs = int(np.count_nonzero(is_prefill)) * self._num_kv_heads
-        num_parts = min(_MAX_PREFILL_PARTS, ceil_divide(_TARGET_PREFILL_PROGRAMS, num_programs))
-        return np.maximum(ceil_divide(own, num_parts), _MIN_PREFILL_SPLIT)
+        return _parts_of(own, min(_MAX_PREFILL_PARTS, ceil_divide(_TARGET_PREFILL_PROGRAMS, num_programs)))
+
+    def _even_parts(self, own: Int64Array) -> int:
+        """The fewest parts of these tiles with which all walkers are busy to the end; else the best there are."""
+        most = min(_MAX_PREFILL_PARTS, 1 + _MOST_WALKED // (len(own) * self._num_kv_heads))
+        best, least = 1, self._longest_walk(own, 1)
+        even = int((own + _ITEM_COST).sum()) * self._num_kv_heads / self._tiles.walkers
+        for num_parts in range(2, most + 1):
+            if least <= 1.04 * even:
+                break
+            longest = self._longest_walk(own, num_parts)
+            if longest < 0.98 * least:
+                best, least = num_parts, longest
+        return best
+
+    def _longest_walk(self, own: Int64Array, num_parts: int) -> int:
+        """Positions of the walker that has most, with what each item costs."""
+        splits = _parts_of(own, num_parts)
+        whole, rest = own // splits, own % splits
+        sizes = np.concatenate((splits.repeat(whole), rest[rest > 0]))
+        sizes += _ITEM_COST + _PART_COST * (num_parts > 1)
+        walkers, kv = self._tiles.walkers, self._num_kv_heads
+        walks = np.zeros(ceil_divide(len(sizes) * kv, walkers) * walkers, np.int64)
+        walks[: len(sizes) * kv] = np.sort(sizes)[::-1].repeat(kv)
+        rounds = walks.reshape(-1, walkers)
+        rounds[1::2] = rounds[1::2, ::-1]
+        return int(rounds.sum(0).max())
 
     def _first_split(self, num_positions: int, bound: int) -> int:
         """More than an equal share of the programs that run at once: so no part of full length waits for a place, and
         what is left of the rows fills the gaps."""
         num_shares = max(1, min(_RESIDENT_PROGRAMS // self._num_kv_heads, bound))
         return (num_positions // num_shares // _MIN_SPLIT + 1) * _MIN_SPLIT
+
+
+def _parts_of(own: Int64Array, num_parts: int) -> Int64Array:
+    """Sizes of about so many parts of each tile, which begin at whole pages of any size."""
+    return np.maximum(ceil_divide(ceil_divide(own, num_parts), _MIN_SPLIT) * _MIN_SPLIT, _MIN_PREFILL_SPLIT)
 
 
 def _longer(split: int, least: int) -> int:
