@@ -79,10 +79,4 @@ def _join_values(name: str, first: Any, second: Any) -> Any:
 
 
 def _join_extras(first: TokenExtras, second: TokenExtras) -> TokenExtras:
-    if not (first.top_ids or first.asked_logprobs):
-        return second
-    return TokenExtras(
-        first.top_ids + second.top_ids,
-        first.top_logprobs + second.top_logprobs,
-        first.asked_logprobs + second.asked_logprobs,
-    )
+    return TokenExtras(*(getattr(first, name) + getattr(second, name) for name in TokenExtras.__struct_fields__))

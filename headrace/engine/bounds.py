@@ -18,6 +18,11 @@ Entries of dictionaries, about 120 bytes each. So many of one sequence also fit 
 MAX_BODY_VALUES = 1 << 23
 """The same of all prompts of one HTTP body, where each is a JSON triple too; and prompt ids that its replies repeat."""
 
+MAX_KEPT_IDS = 1 << 22
+MAX_CALL_KEPT_IDS = 1 << 26
+"""Ids that the tokens of one sample, and those of all samples of a call, could have been. How many there are is known
+only then: each sample may have its part, and ends with an error at more. 4 bytes each, and 40 in a caller's list."""
+
 MAX_CALL_STOP_CHARACTERS = 1 << 20
 """Characters of the stop strings of all different `sampling_params` of a call: sixteen full sets."""
 
@@ -25,6 +30,11 @@ MAX_CALL_STOP_TOKEN_IDS = 1 << 18
 MAX_CALL_LOGIT_BIAS = 1 << 18
 """Stop ids, and entries of logit biases, of all different `sampling_params` of a call. An entry takes some 300 bytes
 in the front and the core together: 80 MB at most."""
+
+
+def max_kept_each(num_samples: int) -> int:
+    """How many such ids each of a call's samples may have."""
+    return min(MAX_KEPT_IDS, MAX_CALL_KEPT_IDS // max(1, num_samples))
 
 
 def check_call(params: Sequence[SamplingParams]) -> None:

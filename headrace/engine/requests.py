@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from headrace.config import ResolvedConfig
-from headrace.engine.bounds import check_call, check_logprob_values, num_logprob_values
+from headrace.engine.bounds import MAX_KEPT_IDS, check_call, check_logprob_values, max_kept_each, num_logprob_values
 from headrace.engine.fields import (
     InputIds,
     Prompts,
@@ -64,6 +64,10 @@ class GenerateOptions(TypedDict, total=False):
     logprob_start            first prompt position to score (0)
     top_logprobs             how many most probable tokens to report per position (0)
     logprob_token_ids        tokens whose log-probability to report per position (none)
+    return_kept_token_ids    report which tokens each generated one could have been: those that bias, top-k, top-p and
+                             min-p left; one of the latter three has to be given, or temperature 0 (False). At most
+                             2^22 ids over a sample, and 2^26 shared equally by a call's samples: a sample with more
+                             ends with an error. With `logprob_mode` "sampled" log-probabilities are over these tokens
     num_output_ids_in_prompt how many of the last `input_ids` are output already, of a generation that this one
                              resumes: one number, or one per prompt (0). Penalties count them as output, stop strings
                              may begin in them, and the text begins behind theirs. With the first reply's seed, and
@@ -85,6 +89,7 @@ class GenerateOptions(TypedDict, total=False):
     logprob_start: int
     top_logprobs: int
     logprob_token_ids: Sequence[int] | None
+    return_kept_token_ids: bool
     num_output_ids_in_prompt: int | Sequence[int]
     clip_to_context: bool
     return_errors: bool
@@ -176,13 +181,14 @@ class RequestBuilder:
         refusals: dict[int, RequestError] = {}
         params = params_list(call.sampling_params, len(given), refusals if returns_errors else None, self._read_params)
         params = scoring(params) if call.scores else params
-        self._check_count(sum(each.n for each in params), field)
+        num_samples = sum(each.n for each in params)
+        self._check_count(num_samples, field)
         check_call(params)
         special = as_flag(options.get("add_special_tokens", True), "add_special_tokens")
         names = request_ids(options.get("request_id"), len(given))
         num_output = per_prompt(options.get("num_output_ids_in_prompt", 0), len(given), "num_output_ids_in_prompt")
         common = GenerateItem(
-            logprobs=self._logprob_options(options),
+            logprobs=self._logprob_options(options, num_samples),
             priority=options.get("priority", 0),
             extra_key=options.get("extra_key", ""),
             stream=call.stream,
@@ -260,6 +266,7 @@ class RequestBuilder:
         options, priority = item.logprobs, item.priority
         if options != self._no_logprobs or type(options.num_top) is not int:
             self._check_logprobs(options, num_prompt)
+            self._check_kept(options, params)
             check_logprob_values(num_logprob_values(options, num_prompt, params), options)
         if type(priority) is not int or abs(priority) > MAX_PRIORITY:
             priority = integer_within(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
@@ -338,7 +345,16 @@ class RequestBuilder:
         if options.prompt_start is not None:
             integer_within(options.prompt_start, "logprob_start", 0, num_prompt)
 
-    def _logprob_options(self, options: GenerateOptions) -> LogprobOptions:
+    def _check_kept(self, options: LogprobOptions, params: SamplingParams) -> None:
+        name = "return_kept_token_ids"
+        integer_within(options.max_kept, name, 0, MAX_KEPT_IDS)
+        leaves_some_out = params.is_greedy or self._shared(params).sampling.truncates
+        if options.max_kept and params.max_new_tokens and not leaves_some_out:
+            message = f"{name} needs a top_p, top_k or min_p that leaves some tokens out: without, every token is kept"
+            raise RequestError(message, field=name)
+
+    def _logprob_options(self, options: GenerateOptions, num_samples: int) -> LogprobOptions:
+        wants_kept = as_flag(options.get("return_kept_token_ids", False), "return_kept_token_ids")
         wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
         start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
         return LogprobOptions(
@@ -347,6 +363,7 @@ class RequestBuilder:
             prompt_start=start if wants_prompt else None,
             num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
             token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
+            max_kept=max_kept_each(num_samples) if wants_kept else 0,
         )
 
     def _seed_of(self, item: GenerateItem) -> int:

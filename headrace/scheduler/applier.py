@@ -19,7 +19,7 @@ from headrace.scheduler.prompt_scores import PromptScores
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.running_table import BoolArray, IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence
-from headrace.types.errors import NonFiniteError
+from headrace.types.errors import NonFiniteError, RequestError
 from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
 
@@ -200,9 +200,10 @@ class ResultApplier:
         table.num_known[slots] = positions + 1
         self._counters.num_generated_tokens += len(slots)
         if result.extras:
-            self._take_extras(step, result, column, rows)
+            self._end_overfull(self._take_extras(step, result, column, rows), deltas)
         stopped = _find_stops(table, slots, positions, token_ids)
-        ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
+        is_last = stopped | (positions + 1 >= table.max_length[slots])
+        ended = np.flatnonzero(is_last & table.accepts[slots] if result.extras else is_last)
         self._counters.num_finished += len(ended)
         for index in ended.tolist():
             finish = Finish("stop", int(token_ids[index])) if stopped[index] else Finish("length")
@@ -224,8 +225,10 @@ class ResultApplier:
         if len(changed):
             table.version[slots[changed]] = step.version_index
 
-    def _take_extras(self, step: InFlight, result: StepResult, column: int, rows: BoolArray | slice) -> None:
-        table = self._roster.table
+    def _take_extras(self, step: InFlight, result: StepResult, column: int, rows: BoolArray | slice) -> list[Sequence]:
+        """Take what else was asked of the tokens just taken. Returns the sequences with more kept ids than they may
+        have."""
+        table, overfull = self._roster.table, list[Sequence]()
         taking = set(np.flatnonzero(step.rows.samples)[rows].tolist())
         for row in taking.intersection(result.extras):
             slot, values = int(step.rows.slots[row]), result.extras[row]
@@ -233,6 +236,15 @@ class ResultApplier:
             if sequence.extras is not None:
                 token = int(table.num_known[slot]) - sequence.num_prompt - 1  # the one just taken
                 sequence.extras.write(token, values, column, column + 1)
+                if sequence.extras.num_kept > sequence.request.logprobs.max_kept:
+                    overfull.append(sequence)
+        return overfull
+
+    def _end_overfull(self, overfull: list[Sequence], deltas: list[Delta]) -> None:
+        for sequence in overfull:
+            self._counters.num_failed += 1
+            error = _too_many_kept(sequence.request.logprobs.max_kept).info()
+            self.finish(sequence, Finish("error", message=error.message, error=error), deltas)
 
     def _deliver_due(self, slots: IndexArray, deltas: list[Delta]) -> None:
         """Non-terminal deltas of the streaming sequences that have enough new tokens."""
@@ -253,6 +265,14 @@ class ResultApplier:
             sequence.mark_prompt(sequence.num_prompt, step.version)
             self.finish(sequence, Finish("length"), deltas)
             self._counters.num_finished += 1
+
+
+def _too_many_kept(most: int) -> RequestError:
+    message = (
+        f"the tokens that could have been drawn were asked for, and are more than {most}, the most of this sample: "
+        "give a lower top_p, a top_k, or fewer samples in a call"
+    )
+    return RequestError(message, field="sampling_params.top_p")
 
 
 def _find_stops(table: RunningTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:

@@ -48,7 +48,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     token_ids: Int32Array  # all known tokens, and the output's log-probabilities, while it holds no slot
     logprobs: Float32Array = _NO_LOGPROBS
     units: bytes  # what the prefix cache knows `token_ids` by: for text, the very same
-    extras: PositionExtras | None  # further log-probabilities of its output tokens, if it asked for any
+    extras: PositionExtras | None  # what else it asked of its output tokens, if it did
     prompt_scores: PromptScores | None
     state: State = State.WAITING
     rank: int = 0  # since it was first admitted; smaller is served first (priority, then admission)
@@ -79,7 +79,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
             has_known_end=not stop_token_ids and LEAST_AT_ONCE * max_length <= limits.max_total_num_tokens,
             token_ids=prompt,
             units=request.prompt,
-            extras=PositionExtras(options) if options.wants_extras else None,
+            extras=PositionExtras(options, keeps=options.max_kept > 0) if options.wants_output_extras else None,
             prompt_scores=None if start is None or start >= num_prompt else PromptScores(start, num_prompt, options),
         )
 

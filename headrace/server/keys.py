@@ -13,9 +13,7 @@ from headrace.types.sampling_params import SamplingParams
 MAX_ABSENT_DEPTH = 8
 MAX_NAMED = 32
 
-LACKING_SAMPLING = frozenset(
-    ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params", "stream_interval")
-)
+LACKING_SAMPLING = frozenset(("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "stream_interval"))
 LACKING_GENERATE = frozenset(
     (
         *("image_data", "video_data", "audio_data", "mm_hashes", "modalities", "input_embeds"),

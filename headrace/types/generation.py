@@ -56,6 +56,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs       one per prompt token, None where there is none (always the first); [] if not asked
     top_logprobs          per generated token {id: logprob} of the most probable ids; [] if not asked
     token_ids_logprobs    per generated token {id: logprob} of the asked ids; [] if not asked
+    kept_token_ids        per generated token the ids that it could have been, in ascending order: those that bias,
+                          masks, top-k, top-p and min-p left (greedy: itself); [] if not asked
     prompt_top_logprobs, prompt_token_ids_logprobs   the same per prompt token (None where there is none)
     finish_reason         "stop" | "length" | "abort" | "error" (with `return_errors` only); None on a stream piece that
                           is not the last
@@ -77,6 +79,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprob_mode: LogprobMode = "raw"
     top_logprobs: list[dict[int, float]] = []
     token_ids_logprobs: list[dict[int, float]] = []
+    kept_token_ids: list[list[int]] = []
     prompt_logprobs: list[float | None] = []
     prompt_top_logprobs: list[dict[int, float] | None] = []
     prompt_token_ids_logprobs: list[dict[int, float] | None] = []

@@ -24,6 +24,7 @@ step may sample none: what comes of rows in flight behind it is dropped, and the
 
 
 NO_MOVES: Int32Array = np.empty((0, 3), np.int32)
+_NOTHING_KEPT: Int32Array = np.empty(0, np.int32)
 
 
 class PlanRefused(ValueError):
@@ -120,11 +121,20 @@ class SamplePatch(msgspec.Struct, frozen=True):
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True):
-    """Further log-probabilities of m positions: top-k ids and values [m, num_top], asked ids' values [m, num_asked]."""
+    """What else was asked of m positions: top ids and their log-probabilities [m, num_top], those of asked ids
+    [m, num_asked]; and the ids that could have been drawn, position after position in ascending order, with their
+    number at each [m]. Both are empty where they were not asked for."""
 
     top_ids: Int32Array
     top_logprobs: Float32Array
     asked_logprobs: Float32Array
+    kept_ids: Int32Array = _NOTHING_KEPT
+    kept_counts: Int32Array = _NOTHING_KEPT
+
+    def kept_between(self, first: int, last: int) -> Int32Array:
+        """The kept ids of positions first..last-1."""
+        start = int(self.kept_counts[:first].sum())
+        return self.kept_ids[start : start + int(self.kept_counts[first:last].sum())]
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):

@@ -134,12 +134,15 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class TokenExtras(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Further log-probabilities of n positions, row by row: the top ids (int32 [n, num_top]) with their values
-    (float32), and the values of the asked ids (float32 [n, num_asked]). Empty where nothing was asked."""
+    """What else was asked of n positions, row by row: the top ids (int32 [n, num_top]) with their log-probabilities
+    (float32), those of the asked ids (float32 [n, num_asked]), and how many ids could have been drawn (int32 [n]), with
+    the ids (int32, as many as all of these). Empty where nothing was asked."""
 
     top_ids: bytes = b""
     top_logprobs: bytes = b""
     asked_logprobs: bytes = b""
+    kept_counts: bytes = b""
+    kept_ids: bytes = b""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):

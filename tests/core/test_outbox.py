@@ -13,7 +13,7 @@ from headrace.types.request import Delta, Finish, TokenExtras, pack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.core.harness import Core, request
 
-OPTIONS = LogprobOptions(prompt_start=0, num_top=2, token_ids=(7, 8, 9))
+OPTIONS = LogprobOptions(prompt_start=0, num_top=2, token_ids=(7, 8, 9), max_kept=99)
 
 
 def floats(source: random.Random, count: int) -> bytes:
@@ -21,10 +21,13 @@ def floats(source: random.Random, count: int) -> bytes:
 
 
 def extras(source: random.Random, count: int) -> TokenExtras:
+    counts = [source.randrange(4) for _ in range(count)]
     return TokenExtras(
         pack_ids([source.randrange(99) * 2 + i % 2 for i in range(2 * count)]),
         floats(source, 2 * count),
         floats(source, 3 * count),
+        pack_ids(counts),
+        pack_ids([source.randrange(99) for _ in range(sum(counts))]),
     )
 
 
