@@ -48,6 +48,12 @@ from headrace.types.sampling_params import (
 logger = logging.getLogger(__name__)
 
 _MODES = get_args(LogprobMode)
+_UNASKED = "return_logprob", "return_logprobs", "return_text_in_logprobs", "logprob", "logprobs"
+_MEANT = {
+    **dict.fromkeys(_UNASKED, "; every sample has the logprobs of its tokens, unasked"),
+    "prompt_token_ids": "; input_ids is",
+}
+"""What is told of names elsewhere for what is no option here."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -168,7 +174,7 @@ class RequestBuilder:
         options = call.options
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                meant = hint(name, GenerateOptions.__annotations__)
+                meant = _MEANT.get(name) or hint(name, GenerateOptions.__annotations__)
                 if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
                     meant = "; it belongs in sampling_params"
                 elif not meant and (found := meant_by(name, SamplingParams.__struct_fields__)):

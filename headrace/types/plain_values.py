@@ -44,6 +44,15 @@ _NAMES_ELSEWHERE = {
 }
 """What SGLang, vLLM and OpenAI call what is called otherwise here, and means the same."""
 
+_ONLY_ELSEWHERE = frozenset(
+    (
+        *("allowed_token_ids", "length_penalty", "lora_request", "return_entropy", "return_prompt_token_ids"),
+        "prompt_token_ids",
+        *("dp_size", "ep_size", "sampling_backend"),
+    )
+)
+"""Their names for what there is not here: one of ours that is spelled nearly so means something else."""
+
 Refusal = type[HeadraceError]
 
 
@@ -177,8 +186,9 @@ def meant_by(name: Any, known: Iterable[str]) -> str:
     if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH:  # comparing takes the square of it
         return ""
     names = list(known)
-    if _NAMES_ELSEWHERE.get(name) in names:
-        return _NAMES_ELSEWHERE[name]
+    if name in _NAMES_ELSEWHERE or name in _ONLY_ELSEWHERE:
+        meant = _NAMES_ELSEWHERE.get(name, "")
+        return meant if meant in names else ""
     return next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 
