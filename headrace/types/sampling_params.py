@@ -130,6 +130,7 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `num_top` asks for that many most probable tokens per position, `token_ids` for those tokens' values at each.
     `max_kept` above 0 asks for the tokens that each generated one could have been (what bias, masks, top-k, top-p and
     min-p left), and is how many all of them together may be: a request that comes to more ends with an error.
+    `routed_start` asks for the experts that the tokens from that position on were given to; None: not.
     """
 
     output_mode: LogprobMode = "temperature"
@@ -138,6 +139,7 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_top: int = 0
     token_ids: tuple[int, ...] = ()
     max_kept: int = 0
+    routed_start: int | None = None
 
     @property
     def wants_extras(self) -> bool:
