@@ -14,7 +14,7 @@ import msgspec
 from headrace.ipc import CoreLink
 from headrace.types.errors import ErrorInfo
 from headrace.types.messages import Deltas, Reply
-from headrace.types.request import Delta, TokenExtras
+from headrace.types.request import Delta, RoutedPart, TokenExtras
 
 
 class Outbox:
@@ -75,6 +75,8 @@ def _join_values(name: str, first: Any, second: Any) -> Any:
         return first if first and first != TokenExtras() else second
     if isinstance(first, TokenExtras):
         return _join_extras(first, second)
+    if isinstance(first, RoutedPart):
+        return first.joined(second)
     return max(first, second) if isinstance(first, int) else first + second
 
 

@@ -16,7 +16,7 @@ from headrace.types.request import Float32Array, Int32Array
 def digest_of(result: StepResult) -> int:
     """32 bits over all of a result. Some microseconds."""
     found = crc32(result.logprobs.tobytes(), crc32(result.token_ids.tobytes(), crc32(result.num_tokens.tobytes())))
-    if result.extras or result.prompt_logprobs:
+    if result.extras or result.prompt_logprobs or result.routed:
         for array in _further(result):
             found = crc32(np.ascontiguousarray(array).tobytes(), found)
     return found
@@ -27,6 +27,8 @@ def _further(result: StepResult) -> Iterator[np.ndarray]:
         yield from (extra.top_ids, extra.top_logprobs, extra.asked_logprobs, extra.kept_counts, extra.kept_ids)
     for _, prompt in sorted(result.prompt_logprobs.items()):
         yield prompt.logprobs
+    for _, routed in sorted(result.routed.items()):
+        yield routed.experts
 
 
 class _Extra(msgspec.Struct, frozen=True, array_like=True):

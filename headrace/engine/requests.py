@@ -16,7 +16,15 @@ import msgspec
 import numpy as np
 
 from headrace.config import ResolvedConfig
-from headrace.engine.bounds import MAX_KEPT_IDS, check_call, check_logprob_values, max_kept_each, num_logprob_values
+from headrace.engine.bounds import (
+    MAX_KEPT_IDS,
+    check_call,
+    check_kept,
+    check_logprob_values,
+    check_routed,
+    max_kept_each,
+    num_logprob_values,
+)
 from headrace.engine.fields import (
     InputIds,
     Prompts,
@@ -74,6 +82,9 @@ class GenerateOptions(TypedDict, total=False):
                              min-p left; one of the latter three has to be given, or temperature 0 (False). At most
                              2^22 ids over a sample, and 2^26 shared equally by a call's samples: a sample with more
                              ends with an error. With `logprob_mode` "sampled" log-probabilities are over these tokens
+    return_routed_experts    report which experts each token was given to, in every layer (False). Needs an engine that
+                             was started with `keep_routed_experts`
+    routed_experts_start     the position from which on (0)
     num_output_ids_in_prompt how many of the last `input_ids` are output already, of a generation that this one
                              resumes: one number, or one per prompt (0). Penalties count them as output, stop strings
                              may begin in them, and the text begins behind theirs. With the first reply's seed, and
@@ -96,6 +107,8 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs: int
     logprob_token_ids: Sequence[int] | None
     return_kept_token_ids: bool
+    return_routed_experts: bool
+    routed_experts_start: int
     num_output_ids_in_prompt: int | Sequence[int]
     clip_to_context: bool
     return_errors: bool
@@ -159,6 +172,7 @@ class RequestBuilder:
         self._read_params = functools.partial(read_params, defaults=resolved.sampling_defaults)
         self._no_logprobs = LogprobOptions(engine.logprob_mode, engine.prompt_logprob_mode)
         self._max_sequences = engine.max_sequences
+        self._routed_shape = model.experts_shape if engine.keep_routed_experts else None
         self._seeds = SeedSource(engine.seed)
         self._last_shared: _Shared | None = None
         self._has_warned = False
@@ -272,7 +286,11 @@ class RequestBuilder:
         options, priority = item.logprobs, item.priority
         if options != self._no_logprobs or type(options.num_top) is not int:
             self._check_logprobs(options, num_prompt)
-            self._check_kept(options, params)
+            integer_within(options.max_kept, "return_kept_token_ids", 0, MAX_KEPT_IDS)
+            check_kept(options, params, leaves_some_out=self._shared(params).sampling.truncates)
+            if options.routed_start is not None:
+                integer_within(options.routed_start, "routed_experts_start", 0, num_prompt)
+                check_routed([(options, num_prompt, params)], self._routed_shape)
             check_logprob_values(num_logprob_values(options, num_prompt, params), options)
         if type(priority) is not int or abs(priority) > MAX_PRIORITY:
             priority = integer_within(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
@@ -351,15 +369,9 @@ class RequestBuilder:
         if options.prompt_start is not None:
             integer_within(options.prompt_start, "logprob_start", 0, num_prompt)
 
-    def _check_kept(self, options: LogprobOptions, params: SamplingParams) -> None:
-        name = "return_kept_token_ids"
-        integer_within(options.max_kept, name, 0, MAX_KEPT_IDS)
-        leaves_some_out = params.is_greedy or self._shared(params).sampling.truncates
-        if options.max_kept and params.max_new_tokens and not leaves_some_out:
-            message = f"{name} needs a top_p, top_k or min_p that leaves some tokens out: without, every token is kept"
-            raise RequestError(message, field=name)
-
     def _logprob_options(self, options: GenerateOptions, num_samples: int) -> LogprobOptions:
+        wants_routed = as_flag(options.get("return_routed_experts", False), "return_routed_experts")
+        routed_start = as_integer(options.get("routed_experts_start", 0), "routed_experts_start")
         wants_kept = as_flag(options.get("return_kept_token_ids", False), "return_kept_token_ids")
         wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
         start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
@@ -370,6 +382,7 @@ class RequestBuilder:
             num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
             token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
             max_kept=max_kept_each(num_samples) if wants_kept else 0,
+            routed_start=routed_start if wants_routed else None,
         )
 
     def _seed_of(self, item: GenerateItem) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from headrace.types.generation import Generation
-from headrace.types.request import Delta, Int32Array, Request, TokenExtras, unpack_floats, unpack_ids
+from headrace.types.generation import Generation, RoutedExperts
+from headrace.types.request import Delta, Int32Array, Request, RoutedPart, TokenExtras, unpack_floats, unpack_ids
 
 Span = tuple[str, int, int]
 """(version, number of tokens, weight epoch): one label given to two updates makes two spans."""
@@ -48,6 +48,7 @@ class Sample:
         self._prompt_logprobs = b""
         self._prompt_extras = TokenExtras()
         self._prompt_spans: tuple[tuple[str, int], ...] = ()
+        self._routed: tuple[RoutedPart, ...] = ()
 
     def append(self, delta: Delta) -> int:
         """Add what `delta` brings; returns the number of new tokens."""
@@ -64,6 +65,8 @@ class Sample:
             self._prompt_logprobs, self._prompt_extras = delta.prompt_logprobs, delta.prompt_extras
         if delta.prompt_spans:
             self._prompt_spans = delta.prompt_spans
+        if delta.routed.experts:
+            self._routed += (delta.routed,)
         self.times = delta.times or self.times
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
@@ -106,6 +109,17 @@ class Sample:
         if start == 0 and (self._prompt_spans or self._prompt_logprobs):
             fields |= self.prompt_fields()
         return fields
+
+    def routed_experts(self) -> RoutedExperts | None:
+        """Those of all tokens but the last, once the sequence has ended; None if they were not asked for or not all are
+        known."""
+        start = self._options.routed_start
+        if start is None or not self._routed:
+            return None
+        num_layers, num_per_token = self._routed[0].num_layers, self._routed[0].num_per_token
+        size = 2 * num_layers * num_per_token * (self.num_prompt_tokens + len(self.token_ids) - 1 - start)
+        experts = b"".join(part.experts for part in self._routed)
+        return RoutedExperts(start, num_layers, num_per_token, experts[:size]) if 0 <= size <= len(experts) else None
 
     def prompt_fields(self) -> dict[str, Any]:
         """The `Generation` fields of the prompt's scores: one entry per prompt token, None where there is none."""

@@ -21,7 +21,7 @@ from headrace.scheduler.running_table import BoolArray, IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence
 from headrace.types.errors import NonFiniteError, RequestError
 from headrace.types.plan import StepResult
-from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
+from headrace.types.request import Delta, Finish, Int32Array, RoutedPart, TokenExtras
 
 _NOT_FINITE = NonFiniteError("the model's logits for this request are NaN or infinite: its weights or a sum overflowed")
 
@@ -62,6 +62,8 @@ class ResultApplier:
             self._end_nonfinite(step, sampled, result, deltas)
         if result.prompt_logprobs:
             self._take_prompt_scores(step, result)
+        if result.routed:
+            self._take_routed(step, result)
         if len(sampled):
             self._take_tokens(step, sampled, result, deltas)
             self._deliver_due(sampled, deltas)
@@ -85,6 +87,9 @@ class ResultApplier:
         prompt_logprobs, prompt_extras = b"", TokenExtras()
         if sequence.prompt_scores is not None and not sequence.is_prompt_delivered:
             prompt_logprobs, prompt_extras = self._prompt_part(sequence, sequence.prompt_scores, finish)
+        routed = RoutedPart()
+        if sequence.routed is not None and (known > num_prompt or finish is not None):
+            routed = sequence.routed.take(known - 1)  # the last token is not computed
         first, last = first - num_prompt, known - num_prompt
         spans, span_epochs = sequence.spans(first, last)
         return Delta(
@@ -101,6 +106,7 @@ class ResultApplier:
             span_epochs=span_epochs,
             prompt_spans=tuple(sequence.prompt_spans) if prompt_logprobs or finish is not None else (),
             times=(sequence.started, sequence.first_token) if finish is not None or not first else (),
+            routed=routed,
         )
 
     def finish(self, sequence: Sequence, finish: Finish, deltas: list[Delta]) -> None:
@@ -146,6 +152,15 @@ class ResultApplier:
                 assert scores is not None, "a row was scored that did not ask for it"
                 scores.add(scored)
                 sequence.mark_prompt(scores.next_position, step.version)
+
+    def _take_routed(self, step: InFlight, result: StepResult) -> None:
+        table = self._roster.table
+        for row, routed in result.routed.items():
+            slot = int(step.rows.slots[row])
+            if table.accepts[slot]:
+                sequence = table.sequence(slot)
+                assert sequence.routed is not None, "a row was told its experts that did not ask"
+                sequence.routed.add(routed, replaces=int(table.num_known[slot]) == sequence.num_prompt)
 
     def _take_tokens(self, step: InFlight, slots: IndexArray, result: StepResult, deltas: list[Delta]) -> None:
         """Accept up to k tokens per row, column by column, so that a token after the end of its sequence is dropped.

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from headrace.engine import Stream
 from headrace.engine.sample import extend_spans
@@ -98,6 +99,8 @@ class SequenceReply:
             meta["output_token_logprobs_length"] = len(self._lists["output_token_logprobs"])
         if self._keeps:
             meta.update(top_p_fields(self._kept))
+        if piece.routed_experts is not None:
+            meta["routed_experts"] = _base64(piece.routed_experts.array().astype("<i4"))
         if piece.finish_reason is not None:
             meta["e2e_latency"] = time.perf_counter() - self._style.received_at
             meta["response_sent_to_client_ts"] = time.time()
@@ -154,10 +157,11 @@ def top_p_fields(kept: Sequence[Sequence[int]]) -> dict[str, str]:
     counts = list(map(len, kept))
     ids = np.fromiter(itertools.chain.from_iterable(kept), "<i4", sum(counts))
     offsets = np.cumsum([0, *counts]).astype("<i4")
-    return {
-        "top_p_token_ids": base64.b64encode(ids.tobytes()).decode("ascii"),
-        "top_p_token_offsets": base64.b64encode(offsets.tobytes()).decode("ascii"),
-    }
+    return {"top_p_token_ids": _base64(ids), "top_p_token_offsets": _base64(offsets)}
+
+
+def _base64(values: npt.NDArray[np.int32]) -> str:
+    return base64.b64encode(values.tobytes()).decode("ascii")
 
 
 def weight_versions(spans: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from headrace.engine import AsyncEngine, GenerateItem
-from headrace.engine.bounds import check_body, check_call, max_kept_each
+from headrace.engine.bounds import check_body, check_call, check_routed, max_kept_each
 from headrace.engine.fields import name_of, params_list, read_params
 from headrace.engine.pacing import Turn
 from headrace.server.errors import renamed
@@ -41,6 +41,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     token_ids_logprob: list[Any] | None = None
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
+    return_routed_experts: bool | list[bool] = False
+    routed_experts_start_len: int | list[int] = 0
     stream: bool = False
     incremental_streaming_output: bool | None = None
     extra_key: str | list[str] | None = None
@@ -65,6 +67,7 @@ _FIELDS = {
     "top_logprobs": "top_logprobs_num",
     "logprob_token_ids": "token_ids_logprob",
     "seed": "sampling_params.sampling_seed",
+    "routed_experts_start": "routed_experts_start_len",
     "return_kept_token_ids": f"sampling_params.{CUSTOM}.{RETURN_TOP_P}",
 }
 
@@ -148,6 +151,10 @@ async def read_call(engine: AsyncEngine, draft: Draft) -> GenerateCall:
             await run_sized(len(firsts), lambda: check_body(prompts_asked, repeats_ids_for))
         except RequestError as error:
             raise in_dialect(error, 0, is_list) from None
+    if any(item.logprobs.routed_start is not None for item in items):
+        firsts = [item for item in items if item.index == 0 and item.packed is not None]
+        asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        check_routed(asked, engine.resolved.model.experts_shape)
     return GenerateCall(
         items=items,
         wants_logprobs=wants_logprobs,
@@ -186,10 +193,12 @@ def _items(
     asked = _asked_ids(body.token_ids_logprob, len(params)) if body.token_ids_logprob else [()] * len(params)
     config, items = engine.config, list[GenerateItem]()
     prompt_mode = body.prompt_logprob_mode or config.prompt_logprob_mode
+    routed = _routed_starts(body, len(params))
     for position, (most, *each) in enumerate(zip(max_kept, wants_logprobs, starts, tops, asked, strict=True)):
         # Who asks for the tokens that were left compares with a distribution over these.
         default: LogprobMode = "sampled" if most else config.logprob_mode
-        plain = LogprobOptions(body.logprob_mode or default, prompt_mode, max_kept=most)
+        mode = body.logprob_mode or default
+        plain = LogprobOptions(mode, prompt_mode, max_kept=most, routed_start=routed[position])
         logprobs = plain
         try:
             logprobs = plain if each == _NO_LOGPROBS else _logprob_options(plain, *each)
@@ -210,6 +219,13 @@ def _items(
         )
         items.append(item)
     return items
+
+
+def _routed_starts(body: GenerateBody, num_prompts: int) -> list[int | None]:
+    """From which position on each prompt's experts are asked for; None: they are not."""
+    asked = _per_prompt(body.return_routed_experts, num_prompts, "return_routed_experts")
+    starts = _per_prompt(body.routed_experts_start_len, num_prompts, "routed_experts_start_len")
+    return [start if wanted else None for wanted, start in zip(asked, starts, strict=True)]
 
 
 _NO_LOGPROBS = [False, -1, 0, ()]

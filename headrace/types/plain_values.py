@@ -38,6 +38,7 @@ _NAMES_ELSEWHERE = {
     **{"chunked_prefill_size": "max_num_batched_tokens", "max_prefill_tokens": "max_num_batched_tokens"},
     **{"enable_prefix_caching": "prefix_cache", "enable_memory_saver": "memory_saver"},
     **{"token_ids_logprob": "logprob_token_ids", "return_top_p_token_ids": "return_kept_token_ids"},
+    **{"routed_experts_start_len": "routed_experts_start", "enable_return_routed_experts": "keep_routed_experts"},
     **{"top_logprobs_num": "top_logprobs", "prompt_logprobs": "return_prompt_logprobs"},
     **{"logprob_start_len": "logprob_start", "rid": "request_id", "cache_salt": "extra_key"},
     **{"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"},

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.types.request import Float32Array, Int32Array, TokenSampling
+from headrace.types.request import Float32Array, Int16Array, Int32Array, TokenSampling
 from headrace.types.sampling_params import LogprobOptions
 
 LAST_TOKEN = -1
@@ -137,6 +137,17 @@ class PositionLogprobs(msgspec.Struct, frozen=True):
         return self.kept_ids[start : start + int(self.kept_counts[first:last].sum())]
 
 
+class RoutedRow(msgspec.Struct, frozen=True):
+    """The experts that the tokens at absolute positions first..first+m-1 of a sequence were given to: int16 [m, layers,
+    experts per token], the most probable first; 0 in layers that have none.
+
+    A sequence that enters a slot is told all from where it asked on: what it found computed was kept with the pages.
+    """
+
+    first: int
+    experts: Int16Array
+
+
 class PromptLogprobs(msgspec.Struct, frozen=True):
     """Log-probabilities of the prompt tokens at absolute positions first..first+m-1 that a row just scored.
 
@@ -153,8 +164,8 @@ class StepResult(msgspec.Struct, frozen=True):
 
     token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each, 0 to k (k is 1 without
     speculation, never 0), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its
-    sampled positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it;
-    both hold only rows that asked.
+    sampled positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it,
+    `routed` one to the experts of positions computed by then; all hold only rows that asked.
     """
 
     step_id: int
@@ -163,3 +174,4 @@ class StepResult(msgspec.Struct, frozen=True):
     num_tokens: Int32Array
     extras: dict[int, PositionLogprobs] = {}
     prompt_logprobs: dict[int, PromptLogprobs] = {}
+    routed: dict[int, RoutedRow] = {}
