@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_a_whole_answer_a_part_and_a_stream(experts: Served) -> None:
         assert ["routed_experts" in each["meta_info"] for each in found] == [False] * (len(found) - 1) + [True]
         found[-1]["output_ids"] = whole["output_ids"]
         np.testing.assert_array_equal(routed_in(experts, found[-1]), array)
+
+
+def test_a_server_that_keeps_them_answers_as_vllm_does(experts: Served, served: Served) -> None:
+    """Unasked, each as base64 of a NumPy file."""
+    body = {"token_ids": IDS, "sampling_params": {"max_tokens": 6, "seed": 7, "ignore_eos": True}}
+    reply = experts.http.post("/inference/v1/generate", json=body)
+    assert reply.status_code == 200, reply.text
+    (choice,) = reply.json()["choices"]
+    found = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])), allow_pickle=False)
+    whole = experts.generate(input_ids=IDS, sampling_params=PARAMS, return_routed_experts=True)
+    assert choice["token_ids"] == whole["output_ids"]
+    np.testing.assert_array_equal(found, routed_in(experts, whole))
+    (other,) = served.http.post("/inference/v1/generate", json=body).json()["choices"]
+    assert other["routed_experts"] is None
 
 
 def test_each_prompt_of_a_batch_asks_for_itself(experts: Served) -> None:
