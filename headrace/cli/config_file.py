@@ -40,9 +40,11 @@ class ConfigFile(msgspec.Struct, frozen=True):
         try:
             yield
         except ConfigError as error:
-            if error.field not in self.values:
+            # Of a key and its file, both of which were given, the refusal names one.
+            named = [name for name in (error.field, error.field.removesuffix("_file")) if name in self.values]
+            if not named:
                 raise
-            raise _refusal(self.path, self.lines[error.field], error.message, error.field) from None
+            raise _refusal(self.path, self.lines[named[0]], error.message, error.field) from None
 
 
 def read_config_file(path: str, flags: dict[str, str]) -> ConfigFile:

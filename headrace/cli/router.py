@@ -57,6 +57,8 @@ async def _route(urls: Sequence[str], host: str, listener: socket.socket, option
     gc.collect()
     gc.freeze()  # what is loaded by now stays, and need not be walked again
     logger.info("routing", extra={"fields": {"url": url_of(listener, host), "replicas": len(router.replicas)}})
+    if not urls:
+        logger.warning("no replica is given: requests wait, then get 503, until POST /workers names one")
     await signalled.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)

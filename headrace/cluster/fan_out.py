@@ -1,10 +1,16 @@
 """Control calls that concern all replicas: each is asked, at once, and the answer says what became of each. It succeeds
 if all do. Calls that bring weights are `updates`'.
+
+A call is carried out to its end though its client goes away, or replicas would differ unsaid. Not so a pause: as at a
+server, one that is given up or fails leaves what was in force before it, at every replica.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import logging
+from collections.abc import Collection, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -12,12 +18,19 @@ from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_al
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.replicas import Replicas
+from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.server.errors import body_of
 from headrace.types.errors import UnreachableError, UpdateConflictError
 from headrace.types.http import MESSAGE_TYPE, PREFIX
 
 _OK = 200
+_LOOK_SECONDS = 2.0
+_UNDO_SECONDS = 5.0
+_PAUSES = frozenset(("/pause_generation", "/pause", f"{PREFIX}/pause"))
+_IS_PAUSED = Head([], 0, True, "GET", b"/is_paused")
+_RESUME = Head([(b"content-type", b"application/json")], 0, True, "POST", b"/continue_generation")
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 _EMPTIES_CACHES = frozenset(
     (
         *("/flush_cache", "/reset_prefix_cache", "/release_memory_occupation", "/sleep"),
@@ -34,13 +47,23 @@ class FanOut:
     def __init__(self, replicas: Replicas, options: RouterOptions) -> None:
         self._replicas = replicas
         self._options = options
+        self._num_pauses = 0
+        self._going_on: set[asyncio.Future[Any]] = set()
+
+    async def close(self) -> None:
+        """Let what is undone or carried out come to its end, for a while."""
+        if self._going_on:
+            await asyncio.wait(self._going_on, timeout=_UNDO_SECONDS)
+        for each in self._going_on:
+            each.cancel()
 
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """A call that does something. The answer has what all said alike, and all of it under `results`; one of our own
         client's is what the first replica said, or a sum."""
-        answers = await self._ask_all(head, body, self._options.admin_key)
-        if head.path in _EMPTIES_CACHES:
-            self._replicas.forget_caches()
+        if head.path in _PAUSES:
+            answers = await self._pause(head, body)
+        else:
+            answers = await self._to_its_end(self._carry_out(head, body))
         if head.path in _SUMS:
             answers = [each.checked(int) for each in answers]
         if self._refuse(answers, exchange):
@@ -68,10 +91,61 @@ class FanOut:
         else:
             reply_json(exchange, {**said_alike(said), **results})
 
+    async def _carry_out(self, head: Head, body: bytes) -> list[ReplicaAnswer]:
+        answers = await self._ask_all(head, body, self._options.admin_key)
+        if head.path in _EMPTIES_CACHES:
+            self._replicas.forget_caches()
+        return answers
+
+    async def _pause(self, head: Head, body: bytes) -> list[ReplicaAnswer]:
+        """As `_carry_out`; those that ran before run again if the client goes away meanwhile, or one cannot pause."""
+        running = await self._running()
+        self._num_pauses += 1
+        number = self._num_pauses
+        try:
+            answers = await self._carry_out(head, body)
+        except asyncio.CancelledError:
+            self._keep(self._undo_pause(number, running))
+            raise
+        if not all(each.is_ok for each in answers):
+            paused = [each.replica for each in answers if each.is_ok and each.replica in running]
+            await self._to_its_end(self._undo_pause(number, paused))
+        return answers
+
+    async def _running(self) -> set[RemoteReplica]:
+        """Those that say that they are not paused."""
+        bodies = dict.fromkeys(self._asked(), b"")
+        answers = await ask_each(_IS_PAUSED, bodies, self._options.data_key, _LOOK_SECONDS)
+        values = {each.replica: each.value for each in answers if each.is_ok}
+        return {each for each, value in values.items() if isinstance(value, dict) and value.get("is_paused") is False}
+
+    async def _undo_pause(self, number: int, running: Collection[RemoteReplica]) -> None:
+        """A later pause is somebody's who counts on it."""
+        if number != self._num_pauses:
+            return
+        answers = await ask_each(_RESUME, dict.fromkeys(running, b"{}"), self._options.admin_key, _UNDO_SECONDS)
+        for each in answers:
+            told = "runs again" if each.is_ok else f"did not resume: {each.value}"
+            logger.info("a pause was given up or failed: %s %s", each.replica.id, told)
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return await asyncio.shield(self._keep(work))
+
+    def _keep(self, work: Coroutine[Any, Any, Result]) -> asyncio.Future[Result]:
+        """It goes on, whoever waits for it."""
+        going_on = asyncio.ensure_future(work)
+        self._going_on.add(going_on)
+        going_on.add_done_callback(self._going_on.discard)
+        return going_on
+
+    def _asked(self) -> list[RemoteReplica]:
+        """All, each server once."""
+        return [each for each in self._replicas if not each.is_another_name]
+
     async def _ask_all(self, head: Head, body: bytes, key: str | None) -> list[ReplicaAnswer]:
         if not len(self._replicas):
             raise UnreachableError("there is no replica: POST /workers adds one")
-        return await ask_each(head, dict.fromkeys(self._replicas, body), key, self._options.control_timeout)
+        return await ask_each(head, dict.fromkeys(self._asked(), body), key, self._options.control_timeout)
 
     def _refuse(self, answers: list[ReplicaAnswer], exchange: Exchange) -> bool:
         """Whether one failed, and so all did."""

@@ -89,7 +89,7 @@ class Watch:
         version = told.weight_version if ready.status == _OK and is_news else None
         has_none = is_news and told.weights_state in WITHOUT_WEIGHTS
         ailment, instance = "" if is_ready else told.message, ready.header(INSTANCE_HEADER)
-        self._replicas.set_healthy(replica, ailment, version, instance, has_weights=not has_none)
+        self._replicas.set_healthy(replica, ailment, version, instance, has_weights=not has_none, now=loop.time())
 
 
 async def _get(replica: RemoteReplica, path: bytes) -> tuple[Head, bytes]:

@@ -24,7 +24,7 @@ from headrace.cluster.resumption import END_OF_STREAM, Resumption, UnreadableAns
 from headrace.cluster.upstream import BrokenAnswerError, LeftRotationError, UpstreamConnection
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import event_body
-from headrace.types.errors import DeadlineError, HeadraceError, PauseTimeoutError, UnreachableError
+from headrace.types.errors import DeadlineError, HeadraceError, NeedsWeightsError, PauseTimeoutError, UnreachableError
 from headrace.types.http import MESSAGE_TYPE, StreamPart, framed
 
 MAX_HELD_BYTES = 256 << 20
@@ -45,14 +45,15 @@ class Proxy:
         self._metrics = metrics
 
     async def pass_on(self, head: Head, body: bytes, exchange: Exchange, *, generates: bool) -> None:
-        """Have a call answered. Raises `UnreachableError` when no replica did, `DeadlineError` when one was silent."""
+        """Have a call answered. Raises `UnreachableError` when no replica did, `NeedsWeightsError` when none could with
+        current weights, `DeadlineError` when one was silent."""
         ask = read_ask(head.headers, body) if generates else _ANY
         resumption = resumption_of(head.path, body, self._options.resume, streams_new=self._options.streams_new)
         if resumption is not None and resumption.is_whole:
             body = resumption.first_body()
         try:
             await self._try_each(head, body, exchange, ask, resumption, generates=generates)
-        except (UnreachableError, DeadlineError) as error:
+        except (UnreachableError, NeedsWeightsError, DeadlineError) as error:
             if not exchange.has_begun or resumption is None:
                 raise
             self._metrics.broken_streams.inc()

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from headrace.cluster.fence import NO_WEIGHTS, Fence
 from headrace.cluster.policies import Ask, Candidate, Policy, ReplicaChoice
 from headrace.cluster.upstream import Upstream
-from headrace.types.errors import ConfigError, NotFoundError, UnreachableError, UpdateConflictError
+from headrace.types.errors import ConfigError, NeedsWeightsError, NotFoundError, UnreachableError, UpdateConflictError
 
 MAX_REPLICAS = 4096
 _MAX_HOST_BYTES = 253
@@ -39,6 +39,8 @@ class RemoteReplica:
         """The process that answers there; b"" where it does not say."""
         self.held = 0
         """The update whose weights it holds (`Fence`)."""
+        self.is_another_name = False
+        """The same process answers at another replica's address, too, and is asked there."""
         self.is_current = True
         """Its weights are those of the last update that has returned: without that it is not chosen."""
         self.wanted_version: str | None = None
@@ -46,6 +48,10 @@ class RemoteReplica:
         self.num_requests = 0
         self.num_tokens = 0
         self.num_sent = 0
+
+    def is_at(self, instance: bytes) -> bool:
+        """That process answers there; of one that does not say which it is nothing is known."""
+        return bool(instance) and self.instance == instance
 
     @property
     def is_ready(self) -> bool:
@@ -119,9 +125,17 @@ class Replicas:
         instance: bytes = b"",
         *,
         has_weights: bool = True,
+        now: float = 0.0,
     ) -> None:
         """It answers, from the process `instance`; `ailment` says why it would not start a request now, "" if it
-        would. `weight_version` is None where it does not say; one that has no weights needs those of an update."""
+        would. `weight_version` is None where it does not say; one that has no weights needs those of an update.
+
+        A process that is healthy at another address, too, is not chosen or asked for a second time.
+        """
+        first = next((each for each in self if each is not replica and each.is_healthy and each.is_at(instance)), None)
+        if first is not None:
+            self._note_another_name(replica, first, now)
+            return
         if not replica.is_healthy:
             logger.info("%s is healthy: %s", replica.id, replica.url)
         if instance != replica.instance:
@@ -138,7 +152,7 @@ class Replicas:
             if not replica.is_current:
                 self._set_held(replica, self.fence.held_by_label(weight_version))
         replica.is_healthy, replica.trouble = True, ailment
-        replica.unhealthy_since = None
+        replica.unhealthy_since, replica.is_another_name = None, False
         self._wake()
 
     def set_unhealthy(self, replica: RemoteReplica, reason: str, now: float) -> None:
@@ -148,8 +162,15 @@ class Replicas:
             self._policy.forget(replica.number)
             replica.unhealthy_since = now
         replica.is_healthy, replica.trouble = False, reason
+        replica.is_another_name = False
         if not replica.instance and self.fence.number:
             self._set_held(replica, NO_WEIGHTS)  # who does not say may be another process when it is back
+
+    def _note_another_name(self, replica: RemoteReplica, first: RemoteReplica, now: float) -> None:
+        replica.instance, replica.weight_version = first.instance, first.weight_version
+        self.set_unhealthy(replica, f"the server there is {first.id}, {first.url}, under another name", now)
+        replica.is_another_name = True
+        self._set_held(replica, first.held)
 
     def pass_fence(self, version: str | None, updated: Collection[RemoteReplica]) -> list[RemoteReplica]:
         """An update has returned, and `updated` hold its weights. Returns those that have fallen behind by it: what
@@ -158,7 +179,7 @@ class Replicas:
         behind = []
         for each in self:
             self._policy.forget(each.number)
-            if each in updated:
+            if any(each is one or each.is_another_name and one.is_at(each.instance) for one in updated):
                 each.weight_version = version or each.weight_version
                 self._set_held(each, self.fence.number)
                 continue
@@ -181,12 +202,14 @@ class Replicas:
 
     async def choose(self, ask: Ask, avoided: Collection[int] = ()) -> tuple[RemoteReplica, ReplicaChoice]:
         """A healthy replica; one that is ready and not among `avoided` if there is any. While none is healthy it waits,
-        and raises `UnreachableError` after `wait_timeout`."""
+        and raises `UnreachableError` after `wait_timeout`; `NeedsWeightsError` at once where none has current weights:
+        then nothing helps but another update."""
         candidates = self._offered(avoided)
         if not candidates:
             try:
                 async with asyncio.timeout(self._wait_timeout):
                     while not (candidates := self._offered(avoided)):
+                        self._check_weights()
                         await self._changed()
             except TimeoutError:
                 raise UnreachableError(self._why_none()) from None
@@ -220,6 +243,10 @@ class Replicas:
                 return [each.candidate for each in offered]
         return [each.candidate for each in healthy]
 
+    def _check_weights(self) -> None:
+        if self._by_number and not any(each.is_current for each in self):
+            raise NeedsWeightsError(f"no replica holds the current weights: push all of them again ({self._told()})")
+
     def _set_held(self, replica: RemoteReplica, held: int) -> None:
         was_current = replica.is_current
         replica.held, replica.is_current = held, self.fence.admits(held)
@@ -246,8 +273,12 @@ class Replicas:
     def _why_none(self) -> str:
         if not self:
             return "there is no replica: POST /workers adds one"
+        return f"no replica is healthy ({self._told()})"
+
+    def _told(self) -> str:
+        """Why each is not ready."""
         told = [f"{each.id}: {each.ailment}" for each in self]
-        return f"no replica is healthy ({'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''})"
+        return f"{'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''}"
 
 
 def _is_host(host: str) -> bool:

@@ -7,6 +7,8 @@ and what is left of the limits: with `numerics="invariant"` the ids are those of
 
 from __future__ import annotations
 
+import array
+import base64
 import itertools
 from typing import Any, Literal, get_args
 
@@ -29,7 +31,8 @@ END_OF_STREAM = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES = 256 << 20
 _OK, _LEAST_ERROR, _LAST_ERROR = 200, 400, 599
 _LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
-_GROWING = (*_LISTS, "output_token_logprobs_length", "version_spans", "version_epochs")
+_KEPT, _KEPT_OFFSETS = "top_p_token_ids", "top_p_token_offsets"
+_GROWING = (*_LISTS, _KEPT, _KEPT_OFFSETS, "output_token_logprobs_length", "version_spans", "version_epochs")
 _OF_PROMPT = (
     *("id", "prompt_tokens", "cached_tokens", "prompt_token_ids", "prompt_version_spans"),
     "prompt_logprob_mode",
@@ -54,6 +57,8 @@ class _Meta(msgspec.Struct):
     version_spans: list[tuple[str | None, int]] = []
     version_epochs: list[int] = []
     weight_versions: list[_Range] | None = None
+    top_p_token_ids: bytes = b""
+    top_p_token_offsets: bytes = b""
 
 
 class _Range(msgspec.Struct):
@@ -280,6 +285,8 @@ def _join(answers: list[dict[str, Any]], num_before: int, num_resumed: int) -> d
     for key in _LISTS:
         if any(key in each for each in metas):
             meta[key] = [value for each in metas for value in each.get(key, ())]
+    if any(_KEPT in each for each in metas):
+        meta |= _join_kept(metas)
     if "output_token_logprobs" in meta:
         meta["output_token_logprobs_length"] = len(meta["output_token_logprobs"])
     reason = meta.get("finish_reason")
@@ -289,6 +296,16 @@ def _join(answers: list[dict[str, Any]], num_before: int, num_resumed: int) -> d
         meta["num_resumed"] = num_resumed
     told = {**last, "output_ids": [token for each in answers for token in each["output_ids"]], "meta_info": meta}
     return {**told, "text": "".join(each.get("text", "") for each in answers)} if "text" in first else told
+
+
+def _join_kept(metas: list[dict[str, Any]]) -> dict[str, str]:
+    """The tokens that each one could have been: int32 in base64, and from where to where those of each token are."""
+    ids, offsets = b"", array.array("i", [0])
+    for meta in metas:
+        ids += base64.b64decode(meta.get(_KEPT, ""))
+        before, own = offsets[-1], array.array("i", base64.b64decode(meta.get(_KEPT_OFFSETS, "")))
+        offsets.extend(before + end for end in own[1:])
+    return {_KEPT: base64.b64encode(ids).decode(), _KEPT_OFFSETS: base64.b64encode(offsets.tobytes()).decode()}
 
 
 def _ranges_behind(spans: Any, num_before: int, last: dict[str, Any]) -> list[dict[str, Any]]:

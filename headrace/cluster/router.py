@@ -89,6 +89,7 @@ class ReplicaRouter:
         self._watch.close()
         self._lookout.close()
         self._updates.close()
+        await self._fan_out.close()
         if self._catch_up is not None:
             self._catch_up.cancel()
             await asyncio.wait([self._catch_up])

@@ -11,15 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import httpx
+import msgspec
 
 from headrace.compare.options import CompareOptions
 from headrace.compare.scores import ScoredTrajectory, scored
 from headrace.compare.trajectories import Trajectory
+from headrace.ipc.codec import DECODE_ERRORS
 from headrace.types.errors import ConfigError, UnreachableError
 
 _MISSING = (404, 405, 501)
 _UNAUTHORIZED = (401, 403)
 _SHOWN_CHARACTERS = 300
+_SAYING = ("message", "error", "detail", "msg")
+_MAX_DEPTH = 4
 
 
 class _Refused(Exception):
@@ -27,7 +31,23 @@ class _Refused(Exception):
 
     def __init__(self, status: int, text: str) -> None:
         self.status = status
-        super().__init__(f"HTTP {status}: {' '.join(text.split())[:_SHOWN_CHARACTERS]}")
+        super().__init__(f"HTTP {status}: {' '.join(_message_in(text).split())[:_SHOWN_CHARACTERS]}")
+
+
+def _message_in(text: str) -> str:
+    """What an error says for people, in the forms of OpenAI, SGLang and FastAPI; else all of it."""
+    try:
+        found = msgspec.json.decode(text)
+    except DECODE_ERRORS:
+        return text
+    for _ in range(_MAX_DEPTH):
+        if isinstance(found, list) and found:
+            found = found[0]
+        elif isinstance(found, dict):
+            found = next((found[name] for name in _SAYING if found.get(name)), None)
+        elif isinstance(found, str):
+            return found
+    return text
 
 
 def score_by_server(

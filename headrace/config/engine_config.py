@@ -69,6 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                              system at each start, and reported
     num_threads              torch threads of the core process; None: OMP_NUM_THREADS, else the cores it may use, on
                              cuda at most 4 of them
+    keep_routed_experts      which experts each computed token was given to, so that requests may ask: 2 bytes of host
+                             memory for each token of the KV pool, layer, and expert of a token
     logprob_mode             default meaning of output log-probabilities
     prompt_logprob_mode      default meaning of prompt log-probabilities
     sampling_defaults        what stands for sampling parameters that a request does not give: "headrace" (those of
@@ -120,6 +122,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernel_cache: str | None = None
     seed: int | None = None
     num_threads: int | None = None
+    keep_routed_experts: bool = False
     logprob_mode: LogprobMode = "temperature"
     prompt_logprob_mode: LogprobMode = "raw"
     sampling_defaults: Literal["headrace", "model"] = "headrace"

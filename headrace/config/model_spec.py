@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from headrace.config.engine_config import EngineConfig
 from headrace.config.experts import ExpertFields, read_mlps
 from headrace.config.json_files import Fields, is_text, is_there, read_object, shown
 from headrace.config.layer_spec import AttentionSpec, DenseSpec, ExpertsSpec, KvGroup, LayerSpec, kv_groups
 from headrace.config.rope import DEFAULT_THETA, read_rope
-from headrace.types.errors import CheckpointError, UnsupportedModelError
+from headrace.types.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -61,6 +62,23 @@ class ModelSpec(msgspec.Struct, frozen=True):
     @property
     def has_experts(self) -> bool:
         return any(isinstance(layer.mlp, ExpertsSpec) for layer in self.layers)
+
+    @property
+    def experts_shape(self) -> tuple[int, int]:
+        """(layers, experts per token): of what is told of each token, also of layers that have no experts; (0, 0) for a
+        model without."""
+        counts = [layer.mlp.num_per_token for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
+        return (len(self.layers), max(counts)) if counts else (0, 0)
+
+    def check_kept_experts(self, engine: EngineConfig) -> None:
+        """Refuse to keep whom tokens were given to where there is nobody, or where not all are at hand."""
+        name, why = "keep_routed_experts", "" if self.has_experts else "the model has no experts"
+        if engine.pp_size > 1:
+            why = "with pp_size each stage knows those of its own layers only"
+        if engine.host_kv_tokens:
+            why = "host_kv_tokens brings pages back without them"
+        if engine.keep_routed_experts and why:
+            raise ConfigError(f"{name} cannot be had: {why}", field=name)
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Bytes of keys and values that one token costs in all layers."""

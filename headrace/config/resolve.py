@@ -208,6 +208,7 @@ def resolve(
     is_measured = device == "cuda" and backend.value != "reference"
     pool_tokens = _pool_tokens(engine, is_measured, page_bytes, context_length.value)
     _check_host_pages(engine, page_bytes)
+    model.check_kept_experts(engine)
     sampling = recommended_sampling(folder) if config.sampling_defaults == "model" else {}
     choices: dict[str, Chosen[Any]] = {
         "device": Chosen(device, why_device),

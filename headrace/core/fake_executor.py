@@ -11,6 +11,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from headrace.core.executor import CheckpointSlices, WeightGroup, Weights
@@ -104,7 +105,7 @@ class FreeExecutor:
 
     def _enter(self, entry: SlotInit) -> None:
         options = entry.logprobs
-        if options.wants_extras or options.prompt_start is not None:
+        if options.wants_output_extras or options.prompt_start is not None:
             self._special[entry.slot] = entry
         else:
             self._special.pop(entry.slot, None)
@@ -116,9 +117,13 @@ class FreeExecutor:
             entry = self._special.get(slot)
             if entry is None:
                 continue
-            if entry.logprobs.wants_extras and plan.row_samples[row]:
-                extras[row] = _free_extras(1, entry.logprobs)
-            scored = entry.scored_positions(int(plan.row_starts[row]), int(plan.row_lengths[row]))
+            start, length = int(plan.row_starts[row]), int(plan.row_lengths[row])
+            if entry.logprobs.wants_output_extras and plan.row_samples[row]:
+                extra = _free_extras(1, entry.logprobs)
+                kept = free_tokens(np.array([start + length], np.int32), self._vocab_size)
+                kept = kept[: entry.logprobs.max_kept]
+                extras[row] = msgspec.structs.replace(extra, kept_ids=kept, kept_counts=np.ones(len(kept), np.int32))
+            scored = entry.scored_positions(start, length)
             if scored:
                 further = _free_extras(len(scored), entry.logprobs) if entry.logprobs.wants_extras else None
                 prompts[row] = PromptLogprobs(scored.start, np.full(len(scored), FREE_LOGPROB, np.float32), further)

@@ -14,7 +14,7 @@ import msgspec
 from headrace.ipc import CoreLink
 from headrace.types.errors import ErrorInfo
 from headrace.types.messages import Deltas, Reply
-from headrace.types.request import Delta, TokenExtras
+from headrace.types.request import Delta, RoutedPart, TokenExtras
 
 
 class Outbox:
@@ -75,14 +75,10 @@ def _join_values(name: str, first: Any, second: Any) -> Any:
         return first if first and first != TokenExtras() else second
     if isinstance(first, TokenExtras):
         return _join_extras(first, second)
+    if isinstance(first, RoutedPart):
+        return first.joined(second)
     return max(first, second) if isinstance(first, int) else first + second
 
 
 def _join_extras(first: TokenExtras, second: TokenExtras) -> TokenExtras:
-    if not (first.top_ids or first.asked_logprobs):
-        return second
-    return TokenExtras(
-        first.top_ids + second.top_ids,
-        first.top_logprobs + second.top_logprobs,
-        first.asked_logprobs + second.asked_logprobs,
-    )
+    return TokenExtras(*(getattr(first, name) + getattr(second, name) for name in TokenExtras.__struct_fields__))

@@ -16,7 +16,7 @@ from headrace.types.request import Float32Array, Int32Array
 def digest_of(result: StepResult) -> int:
     """32 bits over all of a result. Some microseconds."""
     found = crc32(result.logprobs.tobytes(), crc32(result.token_ids.tobytes(), crc32(result.num_tokens.tobytes())))
-    if result.extras or result.prompt_logprobs:
+    if result.extras or result.prompt_logprobs or result.routed:
         for array in _further(result):
             found = crc32(np.ascontiguousarray(array).tobytes(), found)
     return found
@@ -24,9 +24,11 @@ def digest_of(result: StepResult) -> int:
 
 def _further(result: StepResult) -> Iterator[np.ndarray]:
     for _, extra in sorted(result.extras.items()):
-        yield from (extra.top_ids, extra.top_logprobs, extra.asked_logprobs)
+        yield from (extra.top_ids, extra.top_logprobs, extra.asked_logprobs, extra.kept_counts, extra.kept_ids)
     for _, prompt in sorted(result.prompt_logprobs.items()):
         yield prompt.logprobs
+    for _, routed in sorted(result.routed.items()):
+        yield routed.experts
 
 
 class _Extra(msgspec.Struct, frozen=True, array_like=True):
@@ -36,16 +38,20 @@ class _Extra(msgspec.Struct, frozen=True, array_like=True):
     top_ids: bytes
     top_logprobs: bytes
     asked_logprobs: bytes
+    kept_ids: bytes
+    kept_counts: bytes
 
     @classmethod
     def of(cls, extra: PositionLogprobs) -> _Extra:
-        arrays = extra.top_ids, extra.top_logprobs, extra.asked_logprobs
+        arrays = extra.top_ids, extra.top_logprobs, extra.asked_logprobs, extra.kept_ids, extra.kept_counts
         return cls(len(extra.top_ids), *(each.tobytes() for each in arrays))
 
     def taken(self) -> PositionLogprobs:
         top_ids = np.frombuffer(self.top_ids, np.int32).reshape(self.num_positions, -1)
         floats = (np.frombuffer(each, np.float32) for each in (self.top_logprobs, self.asked_logprobs))
-        return PositionLogprobs(top_ids, *(each.reshape(self.num_positions, -1) for each in floats))
+        top_logprobs, asked_logprobs = (each.reshape(self.num_positions, -1) for each in floats)
+        kept_ids, kept_counts = (np.frombuffer(each, np.int32) for each in (self.kept_ids, self.kept_counts))
+        return PositionLogprobs(top_ids, top_logprobs, asked_logprobs, kept_ids, kept_counts)
 
 
 class _Prompt(msgspec.Struct, frozen=True, array_like=True):

@@ -18,6 +18,15 @@ Entries of dictionaries, about 120 bytes each. So many of one sequence also fit 
 MAX_BODY_VALUES = 1 << 23
 """The same of all prompts of one HTTP body, where each is a JSON triple too; and prompt ids that its replies repeat."""
 
+MAX_KEPT_IDS = 1 << 22
+MAX_CALL_KEPT_IDS = 1 << 26
+"""Ids that the tokens of one sample, and those of all samples of a call, could have been. How many there are is known
+only then: each sample may have its part, and ends with an error at more. 4 bytes each, and 40 in a caller's list."""
+
+MAX_ROUTED_EXPERTS = 1 << 26
+"""Experts of all tokens and layers that the samples of one prompt, or those of one HTTP body, are told at most: 2 bytes
+each, and six in the text of a reply."""
+
 MAX_CALL_STOP_CHARACTERS = 1 << 20
 """Characters of the stop strings of all different `sampling_params` of a call: sixteen full sets."""
 
@@ -25,6 +34,11 @@ MAX_CALL_STOP_TOKEN_IDS = 1 << 18
 MAX_CALL_LOGIT_BIAS = 1 << 18
 """Stop ids, and entries of logit biases, of all different `sampling_params` of a call. An entry takes some 300 bytes
 in the front and the core together: 80 MB at most."""
+
+
+def max_kept_each(num_samples: int) -> int:
+    """How many such ids each of a call's samples may have."""
+    return min(MAX_KEPT_IDS, MAX_CALL_KEPT_IDS // max(1, num_samples))
 
 
 def check_call(params: Sequence[SamplingParams]) -> None:
@@ -48,6 +62,31 @@ def num_logprob_values(options: LogprobOptions, num_prompt: int, params: Samplin
     num_scored = 0 if options.prompt_start is None else max(0, num_prompt - options.prompt_start)
     num_further = options.num_top + len(options.token_ids)
     return params.n * (num_scored * (1 + num_further) + params.max_new_tokens * num_further)
+
+
+def check_kept(options: LogprobOptions, params: SamplingParams, *, leaves_some_out: bool) -> None:
+    """Raise `RequestError` if the tokens that are left are asked for where all are."""
+    if options.max_kept and params.max_new_tokens and not (leaves_some_out or params.is_greedy):
+        name = "return_kept_token_ids"
+        message = f"{name} needs a top_p, top_k or min_p that leaves some tokens out: without, every token is kept"
+        raise RequestError(message, field=name)
+
+
+def check_routed(prompts: Iterable[tuple[LogprobOptions, int, SamplingParams]], shape: tuple[int, int] | None) -> None:
+    """Raise `RequestError` if these prompts, each with its number of ids, ask for experts that are not kept, or for too
+    many together. `shape` is (layers, experts per token), None for an engine that keeps none."""
+    number, name = 0, "return_routed_experts"
+    for options, num_prompt, params in prompts:
+        if options.routed_start is None:
+            continue
+        if shape is None:
+            message = f"{name} needs an engine that was started with keep_routed_experts"
+            raise RequestError(message, field=name)
+        num_positions = max(0, num_prompt + params.max_new_tokens - 1 - options.routed_start)
+        number += params.n * num_positions * shape[0] * shape[1]
+    if number > MAX_ROUTED_EXPERTS:
+        message = f"{name} asks for up to {number} experts over all tokens, layers and samples"
+        raise RequestError(f"{message}; at most {MAX_ROUTED_EXPERTS} may be", field=name)
 
 
 def check_body(prompts: Iterable[tuple[LogprobOptions, int, SamplingParams]], repeats_ids_for: str = "") -> None:

@@ -16,7 +16,15 @@ import msgspec
 import numpy as np
 
 from headrace.config import ResolvedConfig
-from headrace.engine.bounds import check_call, check_logprob_values, num_logprob_values
+from headrace.engine.bounds import (
+    MAX_KEPT_IDS,
+    check_call,
+    check_kept,
+    check_logprob_values,
+    check_routed,
+    max_kept_each,
+    num_logprob_values,
+)
 from headrace.engine.fields import (
     InputIds,
     Prompts,
@@ -48,6 +56,12 @@ from headrace.types.sampling_params import (
 logger = logging.getLogger(__name__)
 
 _MODES = get_args(LogprobMode)
+_UNASKED = "return_logprob", "return_logprobs", "return_text_in_logprobs", "logprob", "logprobs"
+_MEANT = {
+    **dict.fromkeys(_UNASKED, "; every sample has the logprobs of its tokens, unasked"),
+    "prompt_token_ids": "; input_ids is",
+}
+"""What is told of names elsewhere for what is no option here."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -64,6 +78,13 @@ class GenerateOptions(TypedDict, total=False):
     logprob_start            first prompt position to score (0)
     top_logprobs             how many most probable tokens to report per position (0)
     logprob_token_ids        tokens whose log-probability to report per position (none)
+    return_kept_token_ids    report which tokens each generated one could have been: those that bias, top-k, top-p and
+                             min-p left; one of the latter three has to be given, or temperature 0 (False). At most
+                             2^22 ids over a sample, and 2^26 shared equally by a call's samples: a sample with more
+                             ends with an error. With `logprob_mode` "sampled" log-probabilities are over these tokens
+    return_routed_experts    report which experts each token was given to, in every layer (False). Needs an engine that
+                             was started with `keep_routed_experts`
+    routed_experts_start     the position from which on (0)
     num_output_ids_in_prompt how many of the last `input_ids` are output already, of a generation that this one
                              resumes: one number, or one per prompt (0). Penalties count them as output, stop strings
                              may begin in them, and the text begins behind theirs. With the first reply's seed, and
@@ -85,6 +106,9 @@ class GenerateOptions(TypedDict, total=False):
     logprob_start: int
     top_logprobs: int
     logprob_token_ids: Sequence[int] | None
+    return_kept_token_ids: bool
+    return_routed_experts: bool
+    routed_experts_start: int
     num_output_ids_in_prompt: int | Sequence[int]
     clip_to_context: bool
     return_errors: bool
@@ -148,6 +172,7 @@ class RequestBuilder:
         self._read_params = functools.partial(read_params, defaults=resolved.sampling_defaults)
         self._no_logprobs = LogprobOptions(engine.logprob_mode, engine.prompt_logprob_mode)
         self._max_sequences = engine.max_sequences
+        self._routed_shape = model.experts_shape if engine.keep_routed_experts else None
         self._seeds = SeedSource(engine.seed)
         self._last_shared: _Shared | None = None
         self._has_warned = False
@@ -163,7 +188,7 @@ class RequestBuilder:
         options = call.options
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                meant = hint(name, GenerateOptions.__annotations__)
+                meant = _MEANT.get(name) or hint(name, GenerateOptions.__annotations__)
                 if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
                     meant = "; it belongs in sampling_params"
                 elif not meant and (found := meant_by(name, SamplingParams.__struct_fields__)):
@@ -176,13 +201,14 @@ class RequestBuilder:
         refusals: dict[int, RequestError] = {}
         params = params_list(call.sampling_params, len(given), refusals if returns_errors else None, self._read_params)
         params = scoring(params) if call.scores else params
-        self._check_count(sum(each.n for each in params), field)
+        num_samples = sum(each.n for each in params)
+        self._check_count(num_samples, field)
         check_call(params)
         special = as_flag(options.get("add_special_tokens", True), "add_special_tokens")
         names = request_ids(options.get("request_id"), len(given))
         num_output = per_prompt(options.get("num_output_ids_in_prompt", 0), len(given), "num_output_ids_in_prompt")
         common = GenerateItem(
-            logprobs=self._logprob_options(options),
+            logprobs=self._logprob_options(options, num_samples),
             priority=options.get("priority", 0),
             extra_key=options.get("extra_key", ""),
             stream=call.stream,
@@ -260,6 +286,11 @@ class RequestBuilder:
         options, priority = item.logprobs, item.priority
         if options != self._no_logprobs or type(options.num_top) is not int:
             self._check_logprobs(options, num_prompt)
+            integer_within(options.max_kept, "return_kept_token_ids", 0, MAX_KEPT_IDS)
+            check_kept(options, params, leaves_some_out=self._shared(params).sampling.truncates)
+            if options.routed_start is not None:
+                integer_within(options.routed_start, "routed_experts_start", 0, num_prompt)
+                check_routed([(options, num_prompt, params)], self._routed_shape)
             check_logprob_values(num_logprob_values(options, num_prompt, params), options)
         if type(priority) is not int or abs(priority) > MAX_PRIORITY:
             priority = integer_within(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
@@ -338,7 +369,10 @@ class RequestBuilder:
         if options.prompt_start is not None:
             integer_within(options.prompt_start, "logprob_start", 0, num_prompt)
 
-    def _logprob_options(self, options: GenerateOptions) -> LogprobOptions:
+    def _logprob_options(self, options: GenerateOptions, num_samples: int) -> LogprobOptions:
+        wants_routed = as_flag(options.get("return_routed_experts", False), "return_routed_experts")
+        routed_start = as_integer(options.get("routed_experts_start", 0), "routed_experts_start")
+        wants_kept = as_flag(options.get("return_kept_token_ids", False), "return_kept_token_ids")
         wants_prompt = as_flag(options.get("return_prompt_logprobs", False), "return_prompt_logprobs")
         start = integer_within(options.get("logprob_start", 0), "logprob_start", 0, self._context_length)
         return LogprobOptions(
@@ -347,6 +381,8 @@ class RequestBuilder:
             prompt_start=start if wants_prompt else None,
             num_top=as_integer(options.get("top_logprobs", 0), "top_logprobs"),
             token_ids=id_tuple(options.get("logprob_token_ids"), "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS),
+            max_kept=max_kept_each(num_samples) if wants_kept else 0,
+            routed_start=routed_start if wants_routed else None,
         )
 
     def _seed_of(self, item: GenerateItem) -> int:

@@ -8,17 +8,21 @@ import itertools
 import math
 import operator
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from headrace.types.generation import Generation
-from headrace.types.request import Delta, Request, TokenExtras, unpack_floats, unpack_ids
+from headrace.types.generation import Generation, RoutedExperts
+from headrace.types.request import Delta, Int32Array, Request, RoutedPart, TokenExtras, unpack_floats, unpack_ids
 
 Span = tuple[str, int, int]
 """(version, number of tokens, weight epoch): one label given to two updates makes two spans."""
 _LABEL, _EPOCH = operator.itemgetter(0, 1), operator.itemgetter(2)
+_TOP_VALUES, _ASKED_VALUES, _KEPT_COUNTS, _KEPT_IDS = map(
+    TokenExtras.__struct_fields__.index, ("top_logprobs", "asked_logprobs", "kept_counts", "kept_ids")
+)
 
 
 class Sample:
@@ -44,6 +48,7 @@ class Sample:
         self._prompt_logprobs = b""
         self._prompt_extras = TokenExtras()
         self._prompt_spans: tuple[tuple[str, int], ...] = ()
+        self._routed: tuple[RoutedPart, ...] = ()
 
     def append(self, delta: Delta) -> int:
         """Add what `delta` brings; returns the number of new tokens."""
@@ -60,6 +65,8 @@ class Sample:
             self._prompt_logprobs, self._prompt_extras = delta.prompt_logprobs, delta.prompt_extras
         if delta.prompt_spans:
             self._prompt_spans = delta.prompt_spans
+        if delta.routed.experts:
+            self._routed += (delta.routed,)
         self.times = delta.times or self.times
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
@@ -67,10 +74,10 @@ class Sample:
 
     @property
     def num_extra_values(self) -> int:
-        """Log-probabilities beside those of the generated tokens."""
+        """Log-probabilities beside those of the generated tokens, and kept ids."""
         extras = self._prompt_extras
         of_prompt = len(self._prompt_logprobs) + len(extras.top_logprobs) + len(extras.asked_logprobs)
-        return (of_prompt + len(self._extras[1]) + len(self._extras[2])) // 4
+        return (of_prompt + sum(len(self._extras[column]) for column in (_TOP_VALUES, _ASKED_VALUES, _KEPT_IDS))) // 4
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` generated tokens only."""
@@ -96,9 +103,23 @@ class Sample:
         if self._options.token_ids:
             extras = self._extras_between(start, len(self.token_ids))
             fields["token_ids_logprobs"] = _asked(extras, self._options.token_ids)
+        if self._options.max_kept:
+            extras = self._extras_between(start, len(self.token_ids))
+            fields["kept_token_ids"] = _rows_of(unpack_ids(extras.kept_ids), unpack_ids(extras.kept_counts))
         if start == 0 and (self._prompt_spans or self._prompt_logprobs):
             fields |= self.prompt_fields()
         return fields
+
+    def routed_experts(self) -> RoutedExperts | None:
+        """Those of all tokens but the last, once the sequence has ended; None if they were not asked for or not all are
+        known."""
+        start = self._options.routed_start
+        if start is None or not self._routed:
+            return None
+        num_layers, num_per_token = self._routed[0].num_layers, self._routed[0].num_per_token
+        size = 2 * num_layers * num_per_token * (self.num_prompt_tokens + len(self.token_ids) - 1 - start)
+        experts = b"".join(part.experts for part in self._routed)
+        return RoutedExperts(start, num_layers, num_per_token, experts[:size]) if 0 <= size <= len(experts) else None
 
     def prompt_fields(self) -> dict[str, Any]:
         """The `Generation` fields of the prompt's scores: one entry per prompt token, None where there is none."""
@@ -118,11 +139,16 @@ class Sample:
         return fields
 
     def _extras_between(self, start: int, stop: int) -> TokenExtras:
-        """Those of tokens start..stop-1: rows of 4 bytes each."""
+        """Those of tokens start..stop-1: rows of as many bytes each, but for the kept ids."""
         num_tokens = len(self.token_ids) or 1
-        widths = [len(values) // num_tokens for values in self._extras]
-        cut = [values[start * width : stop * width] for values, width in zip(self._extras, widths, strict=True)]
-        return TokenExtras(*map(bytes, cut))
+        *even, kept_ids = self._extras
+        widths = [len(values) // num_tokens for values in even]
+        cut = [values[start * width : stop * width] for values, width in zip(even, widths, strict=True)]
+        if kept_ids:
+            counts = np.frombuffer(bytes(even[_KEPT_COUNTS]), "<i4")
+            first = 4 * int(counts[:start].sum())
+            kept_ids = kept_ids[first : first + 4 * int(counts[start:stop].sum())]
+        return TokenExtras(*map(bytes, (*cut, kept_ids)))
 
 
 def slice_spans(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
@@ -167,6 +193,12 @@ def _tops(extras: TokenExtras, num_positions: int) -> list[dict[int, float]]:
     """{id: logprob} of the most probable ids of each position; [] if none were asked."""
     ids: list[int] = unpack_ids(extras.top_ids).tolist()
     return _by_position(ids, extras.top_logprobs, len(ids) // max(1, num_positions))
+
+
+def _rows_of(ids: Int32Array, counts: Int32Array) -> list[list[int]]:
+    """Ids, position after position, as a list for each."""
+    rest: Iterator[int] = iter(ids.tolist())
+    return [list(itertools.islice(rest, count)) for count in counts.tolist()]
 
 
 def _asked(extras: TokenExtras, asked: tuple[int, ...]) -> list[dict[int, float]]:

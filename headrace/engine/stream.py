@@ -173,6 +173,7 @@ class Stream:
         if finish is not None:
             fields["times"] = times_of(self.queued_at, self.sample.times, self.ended_at)
             fields["finish_reason"], fields["error"] = finish.type, finish.error
+            fields["routed_experts"] = self.sample.routed_experts()
             fields["matched"] = finish.matched if self._matched is None else self._matched
             fields["finish_message"] = finish.message or (self.abort_message if finish.type == "abort" else "")
         return Generation(

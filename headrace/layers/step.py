@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from headrace.attention import AttentionStep
+from headrace.kernels.experts import Routed
 
 
 class KvPlace(NamedTuple):
@@ -24,7 +25,15 @@ class ForwardStep:
 
     attention     by KV group; it knows the tokens' rows, padding, positions of rotation and pages
     kept_tokens   packed tokens whose hidden states anyone reads in the end, int64 [S]; None: all
+    routed        where layers of experts list who was given which token, int64 [T, K] each; None: nobody asks
     """
 
     attention: Sequence[AttentionStep]
     kept_tokens: Tensor | None = None
+    routed: list[Tensor] | None = None
+
+    def noted(self, routed: Routed) -> Routed:
+        """The same, listed if somebody asks."""
+        if self.routed is not None:
+            self.routed.append(routed.experts_TK)
+        return routed

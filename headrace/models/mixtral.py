@@ -27,4 +27,4 @@ class MixtralLayer:
         qkv = self.qkv(x.normed(self.attention_norm))
         attended = step.attention[self.kv.group].run(self.kv.layer, qkv, None)
         x.add(self.output, x.keep(kept_tokens, attended))
-        x.add_experts(self.experts, self.router(x.normed(self.mlp_norm)))
+        x.add_experts(self.experts, step.noted(self.router(x.normed(self.mlp_norm))))

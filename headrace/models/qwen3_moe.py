@@ -28,4 +28,4 @@ class Qwen3MoeLayer:
         qkv = self.qkv(x.normed(self.attention_norm))
         attended = step.attention[self.kv.group].run(self.kv.layer, qkv, self.head_norms)
         x.add(self.output, x.keep(kept_tokens, attended))
-        x.add_experts(self.experts, self.router(x.normed(self.mlp_norm)))
+        x.add_experts(self.experts, step.noted(self.router(x.normed(self.mlp_norm))))

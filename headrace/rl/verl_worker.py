@@ -61,6 +61,11 @@ class HeadraceRolloutWorker:
         # Older configs say what the dummy weights wait for, or which files are read: "dummy_dtensor", "safetensors".
         if (form := str(self._rollout.load_format)) not in ("auto", "dummy"):
             self._rollout.load_format = "dummy" if form.startswith("dummy") else "auto"
+        if self._rollout.enable_rollout_routing_replay:
+            message = (
+                "rollout.enable_rollout_routing_replay=True is not supported by generate_sequences; leave it at False"
+            )
+            raise ConfigError(message, field="enable_rollout_routing_replay")
         self._launch = launch_of(self._rollout, path, "hybrid", 0)
         self._engine: Engine | None = None
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepResult
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, RoutedRow, SamplePatch, StepResult
 from headrace.types.request import Float32Array, Int32Array
 
 
@@ -38,11 +38,13 @@ def step_result(
     logprobs: Float32Array,
     extras: dict[int, PositionLogprobs],
     prompts: dict[int, PromptLogprobs],
+    routed: dict[int, RoutedRow] | None = None,
 ) -> StepResult:
     """One token per sampling row: token_ids and logprobs [s]."""
     num_rows = len(token_ids)
     counts = np.ones(num_rows, np.int32)
-    return StepResult(step_id, token_ids.reshape(num_rows, 1), logprobs.reshape(num_rows, 1), counts, extras, prompts)
+    columns = token_ids.reshape(num_rows, 1), logprobs.reshape(num_rows, 1)
+    return StepResult(step_id, *columns, counts, extras, prompts, routed or {})
 
 
 def join_extras(parts: list[PositionLogprobs]) -> PositionLogprobs | None:

@@ -33,9 +33,10 @@ from headrace.runner.occupation import Occupation
 from headrace.runner.passage import Passage
 from headrace.runner.pending import step_result
 from headrace.runner.prompt_scores import PromptScorer
+from headrace.runner.routed_pool import RoutedPool
 from headrace.runner.slots import InputTable
 from headrace.sampling import Sampler
-from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, StepPlan, StepResult
+from headrace.types.plan import PositionLogprobs, PromptLogprobs, RoutedRow, SamplePatch, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.weights.shard import Shard
 from headrace.weights.store import WeightStore
@@ -107,6 +108,10 @@ class Runner:
             for group, pool in zip(share.kv_groups, pools, strict=True)
         ]
         self._slots = InputTable(engine.max_running_requests, resolved.max_columns)
+        self._routed: RoutedPool | None = None
+        if engine.keep_routed_experts:
+            num_slots = engine.max_running_requests
+            self._routed = RoutedPool(spec.layers, resolved.num_pages, engine.page_size, num_slots)
         self._sampler = Sampler(spec.vocab_size, engine.max_running_requests)
         self._scorer = PromptScorer(self._model.logits, self._sampler, spec.vocab_size)
         self._max_sampled_rows = max(1, _MAX_LOGITS_BYTES // (4 * spec.vocab_size))
@@ -129,6 +134,8 @@ class Runner:
             self._slots.apply(plan)
             for init in plan.new_slots if self._mesh.is_last else ():
                 self._sampler.enter(init)
+            if self._routed is not None:
+                self._routed.enter(plan.new_slots)
             if len(plan.row_slots):
                 self._forward(plan, step, passage)
             if not plan.waits_to_sample:
@@ -157,13 +164,18 @@ class Runner:
 
     def _forward(self, plan: StepPlan, step: RunnerStep, passage: Passage | None) -> None:
         batch, is_last = build_batch(plan, self._slots, self._device), self._mesh.is_last
-        reads_all = not is_last or batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
+        routed: list[Tensor] | None = None if self._routed is None else []
+        reads_all = (
+            routed is not None or not is_last or batch.scored_rows or len(batch.sampled_tokens) == len(batch.token_ids)
+        )
         attention = []
         for backend in self._attention:
             attention.append(backend.plan(batch.attention))
-        forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens)
+        forward = ForwardStep(attention, None if reads_all else batch.sampled_tokens, routed)
         hidden = self._model.embed(batch.token_ids) if passage is None or self._mesh.stage == 0 else passage.take()
         hidden = self._model.forward(hidden, forward)
+        if self._routed is not None and routed is not None:
+            step.routed = self._routed.keep(batch.attention, routed)
         if passage is not None and not is_last:
             passage.give(hidden)
             return
@@ -198,7 +210,8 @@ class Runner:
                 extras[int(batch.sampled_rows[first + row])] = extra
         new_ids = np.concatenate(token_ids)
         self._slots.record(batch.sampled_slots, new_ids)
-        return step_result(step.step_id, new_ids.astype(np.int32), np.concatenate(logprobs), extras, step.prompts)
+        token_ids_S, logprobs_S = new_ids.astype(np.int32), np.concatenate(logprobs)
+        return step_result(step.step_id, token_ids_S, logprobs_S, extras, step.prompts, step.routed)
 
 
 @dataclass
@@ -209,6 +222,7 @@ class RunnerStep:
     runner: Runner
     sampled: tuple[ForwardBatch, Tensor] | None = None
     prompts: dict[int, PromptLogprobs] = field(default_factory=dict)
+    routed: dict[int, RoutedRow] = field(default_factory=dict)
     result: StepResult | None = None
 
     @property

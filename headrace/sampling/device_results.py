@@ -1,13 +1,15 @@
 """Log-probabilities on their way from the device: what was enqueued to be copied, and how it reads once it is there.
 
 Owns the layout of a row of results, int32: `num_top` ids, the float32 bits of their log-probabilities, those of
-`num_asked` ids, and for prompt scores one more, the prompt token's. Must not know slots.
+`num_asked` ids, for prompt scores one more, the prompt token's, and a bit for each token of the vocabulary where it is
+of interest which could have been drawn. Must not know slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,6 +26,7 @@ class Columns:
     num_top: int
     num_asked: int
     num_own: int = 0
+    num_kept_words: int = 0
 
     @property
     def first_asked(self) -> int:
@@ -36,9 +39,14 @@ class Columns:
         return 2 * self.num_top + self.num_asked
 
     @property
+    def first_kept(self) -> int:
+        """Where the bits begin: bit i of word j is of token 32 j + i."""
+        return self.first_own + self.num_own
+
+    @property
     def size(self) -> int:
         """Length of a row."""
-        return self.first_own + self.num_own
+        return self.first_kept + self.num_kept_words
 
 
 def to_host(results: Tensor) -> Tensor:
@@ -49,13 +57,14 @@ def to_host(results: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PendingExtras:
-    """Extras of some rows of a step: `host` [S, size] is on its way; `rows`, `num_top` and `num_asked` go together."""
+    """Extras of some rows of a step: `host` [S, size] is on its way; the arrays go together."""
 
     host: Tensor
     columns: Columns
     rows: npt.NDArray[np.int64]
     num_top: Int32Array
     num_asked: Int32Array
+    wants_kept: npt.NDArray[np.bool_]
 
     def finish(self) -> dict[int, PositionLogprobs]:
         """By row, one position each; called once the step has ended on the device."""
@@ -63,7 +72,7 @@ class PendingExtras:
         values = ids.view(np.float32)
         top, asked = self.columns.num_top, self.columns.first_asked
         counts = zip(self.rows.tolist(), self.num_top.tolist(), self.num_asked.tolist(), strict=True)
-        return {
+        found = {
             row: PositionLogprobs(
                 top_ids=ids[at : at + 1, :num_top],
                 top_logprobs=values[at : at + 1, top : top + num_top],
@@ -71,6 +80,19 @@ class PendingExtras:
             )
             for at, (row, num_top, num_asked) in enumerate(counts)
         }
+        for at in np.flatnonzero(self.wants_kept).tolist():
+            kept = _ids_of_bits(ids[at, self.columns.first_kept : self.columns.size])
+            row, counts_kept = int(self.rows[at]), np.array([len(kept)], np.int32)
+            found[row] = msgspec.structs.replace(found[row], kept_ids=kept, kept_counts=counts_kept)
+        return found
+
+
+def _ids_of_bits(words: Int32Array) -> Int32Array:
+    """The numbers of the bits that are set. Few words have any, so only those are looked into."""
+    places = np.flatnonzero(words)
+    bits = np.unpackbits(np.ascontiguousarray(words[places]).astype("<i4").view(np.uint8), bitorder="little")
+    which, offsets = np.nonzero(bits.reshape(-1, 32))
+    return (32 * places[which] + offsets).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ captured; rows that want more (logits processors, further log-probabilities) are
     thresholds   top-k, top-p and min-p
     sample       one pass over the logits, which also leaves each row's normaliser
     top, asked   further log-probabilities, from what that pass left
+    kept         which tokens could have been drawn, by the same thresholds
     count        the tokens just sampled, where penalties act: on the device, as the host does not know them yet
 
 Nothing waits for the device, and after `warm` nothing compiles. Must not know plans. Legend: S rows, V vocabulary,
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.kernels.triton.kept_rows import kept_rows, num_words
 from headrace.kernels.triton.logits_processors import (
     NO_COPY,
     SKIPPED,
@@ -71,7 +73,7 @@ class DeviceSampler:
         self._thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
         num_copies = min(max_rows, max(1, _COPIED_ELEMENTS // vocab_size))
         self._copies = torch.empty(num_copies, vocab_size, dtype=torch.float32, device=device)
-        most = Columns(min(MAX_TOP_LOGPROBS, vocab_size), MAX_LOGPROB_TOKEN_IDS, 1)
+        most = Columns(min(MAX_TOP_LOGPROBS, vocab_size), MAX_LOGPROB_TOKEN_IDS, 1, num_words(vocab_size))
         self._results = torch.empty(max_rows * most.size, dtype=torch.int32, device=device)
         # Prompt scores: every position reads row 0 of its own parameters, thresholds read row 1.
         self._zeros, self._ones = (torch.full((max_rows,), n, dtype=torch.int32, device=device) for n in (0, 1))
@@ -220,6 +222,7 @@ class DeviceSampler:
             rows = self.sample(logits, slots, positions, tokens, logprobs, copies, truncated=truncated)
         for size in LIST_SIZES:
             self._read(rows, self._slots.asked_ids, Columns(min(size, self._vocab_size), 1, 1), tokens)
+        self._read(rows, self._slots.asked_ids, Columns(0, 0, num_kept_words=num_words(self._vocab_size)))
         count_tokens(tokens, slots, processed, *tables)
         self._slots.warm()
 
@@ -247,10 +250,13 @@ class DeviceSampler:
     def _columns_of(self, slots: Integers) -> Columns:
         if len(slots) == 0:
             return Columns(0, 0)
-        return Columns(int(self._slots.num_top[slots].max()), int(self._slots.num_asked[slots].max()))
+        kept_words = num_words(self._vocab_size) if self._slots.wants_kept[slots].any() else 0
+        num_top, num_asked = int(self._slots.num_top[slots].max()), int(self._slots.num_asked[slots].max())
+        return Columns(num_top, num_asked, num_kept_words=kept_words)
 
     def _read(self, rows: SampledRows, asked_ids: Tensor, columns: Columns, own: Tensor | None = None) -> Tensor:
-        """Log-probabilities of top, asked and own ids into the results [S, columns.size], as far as there are any."""
+        """Write what `columns` has room for to the results [S, columns.size]: log-probabilities of top, asked and own
+        ids, and the bits of kept ones."""
         num_rows = len(rows.slots_S)
         results = self._results[: num_rows * columns.size].view(num_rows, columns.size)
         if columns.num_top:
@@ -259,6 +265,8 @@ class DeviceSampler:
             asked_rows(rows, asked_ids, results, columns.first_asked, columns.num_asked)
         if own is not None:
             asked_rows(rows, own, results, columns.first_own, 1)
+        if columns.num_kept_words:
+            kept_rows(rows, results, columns.first_kept)
         return results
 
     def _pending_extras(self, slots: Integers, columns: Columns) -> PendingExtras | None:
@@ -267,4 +275,4 @@ class DeviceSampler:
             return None
         results = self._results[: len(slots) * columns.size].view(len(slots), columns.size)
         counts = self._slots.num_top[slots[rows]], self._slots.num_asked[slots[rows]]
-        return PendingExtras(to_host(results), columns, rows, *counts)
+        return PendingExtras(to_host(results), columns, rows, *counts, self._slots.wants_kept[slots[rows]])

@@ -37,7 +37,7 @@ class DeviceSlots:
     int32 [slots, *], which `enter` writes where a sequence has use for them.
 
     On the host, per slot: is_truncated (top-k, top-p or min-p act), is_processed (bias or penalties act), min_lengths
-    (stop ids are masked below this position), num_top and num_asked.
+    (stop ids are masked below this position), num_top, num_asked, and wants_kept (which tokens it could have been).
     """
 
     def __init__(self, vocab_size: int, max_slots: int, device: torch.device) -> None:
@@ -54,6 +54,7 @@ class DeviceSlots:
         self.min_lengths = np.zeros(max_slots, np.int64)
         self.num_top = np.zeros(max_slots, np.int32)
         self.num_asked = np.zeros(max_slots, np.int32)
+        self.wants_kept = np.zeros(max_slots, np.bool_)
         self._requests: list[tuple[TokenSampling, LogprobOptions] | None] = [None] * max_slots
 
     def enter(self, init: SlotInit) -> Int32Array:
@@ -66,6 +67,7 @@ class DeviceSlots:
         self.is_processed[slot] = sampling.has_penalties or bool(sampling.logit_bias)
         self.min_lengths[slot] = init.min_length if is_masked else 0
         self.num_top[slot], self.num_asked[slot] = params[columns.NUM_TOP], params[columns.NUM_ASKED]
+        self.wants_kept[slot] = options.max_kept > 0
         self._requests[slot] = sampling, options
         if self.is_processed[slot] or is_masked:
             self._write_processors(init, stop_ids if is_masked else ())
@@ -93,7 +95,7 @@ class DeviceSlots:
 
     def want_extras(self, slots: npt.NDArray[np.integer]) -> BoolArray:
         """Which rows need more than their own token's log-probability."""
-        result: BoolArray = (self.num_top[slots] + self.num_asked[slots]) > 0
+        result: BoolArray = (self.num_top[slots] + self.num_asked[slots] > 0) | self.wants_kept[slots]
         return result
 
     def upload(self, values: npt.NDArray[np.generic]) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -113,7 +114,10 @@ class Sampler:
                 logprobs[rows] = distribution.logprobs(picked.token_ids[chosen])
                 for index in np.flatnonzero(self._slots.wants_extras[batch.slots[rows]]).tolist():
                     options = self._slots.init_of(int(batch.slots[rows[index]])).logprobs
-                    extras[int(rows[index])] = distribution.take(np.array([index])).extras(options)
+                    extra = distribution.take(np.array([index])).extras(options)
+                    extras[int(rows[index])] = (
+                        _with_kept(extra, picked, int(chosen[index])) if options.max_kept else extra
+                    )
         if self._slots.seen:
             self._slots.add_tokens(batch.slots.tolist(), token_ids.tolist())
         return Sampled(torch.from_numpy(token_ids), torch.from_numpy(logprobs), extras)
@@ -199,6 +203,14 @@ class Sampler:
         if len(chosen):
             divisors = np.where(modes[chosen] == RAW, 1.0, picked.source.divisors[chosen])
             yield chosen, Distribution.of(batch.logits, picked.rows[chosen], divisors, self._pass)
+
+
+def _with_kept(extra: PositionLogprobs, picked: _Picked, index: int) -> PositionLogprobs:
+    """With the ids that this row's token could have been."""
+    row = picked.source.logits[picked.source.rows[index]]
+    kept = picked.token_ids[index : index + 1] if picked.is_greedy else np.flatnonzero(row > -np.inf)
+    counts = np.array([len(kept)], np.int32)
+    return msgspec.structs.replace(extra, kept_ids=kept.astype(np.int32), kept_counts=counts)
 
 
 def _apply_masks(logits: Float32Array, rows: Int64Array, patch: SamplePatch) -> None:

@@ -69,7 +69,7 @@ class SamplingSlots:
     output_modes   int8: RAW, TEMPERATURE or SAMPLED
     is_processed   bool: something beside the temperature acts on the logits at every position
     min_lengths    int64: stop ids are masked below this absolute position
-    wants_extras   bool
+    wants_extras   bool: of the sampled tokens
     inits          the `SlotInit` each slot was entered with
     seen           the tokens of the slots whose penalties act
     """
@@ -97,7 +97,7 @@ class SamplingSlots:
         has_penalties = sampling.has_penalties
         self.is_processed[slot] = sampling.truncates or has_penalties or bool(sampling.logit_bias)
         self.min_lengths[slot] = init.min_length
-        self.wants_extras[slot] = init.logprobs.wants_extras
+        self.wants_extras[slot] = init.logprobs.wants_output_extras
         self.inits[slot] = init
         for table in (self.seen, self._bias, self._stop_ids):
             table.pop(slot, None)

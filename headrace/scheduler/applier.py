@@ -19,9 +19,9 @@ from headrace.scheduler.prompt_scores import PromptScores
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.running_table import BoolArray, IndexArray, RunningTable
 from headrace.scheduler.sequence import Sequence
-from headrace.types.errors import NonFiniteError
+from headrace.types.errors import NonFiniteError, RequestError
 from headrace.types.plan import StepResult
-from headrace.types.request import Delta, Finish, Int32Array, TokenExtras
+from headrace.types.request import Delta, Finish, Int32Array, RoutedPart, TokenExtras
 
 _NOT_FINITE = NonFiniteError("the model's logits for this request are NaN or infinite: its weights or a sum overflowed")
 
@@ -62,6 +62,8 @@ class ResultApplier:
             self._end_nonfinite(step, sampled, result, deltas)
         if result.prompt_logprobs:
             self._take_prompt_scores(step, result)
+        if result.routed:
+            self._take_routed(step, result)
         if len(sampled):
             self._take_tokens(step, sampled, result, deltas)
             self._deliver_due(sampled, deltas)
@@ -85,6 +87,9 @@ class ResultApplier:
         prompt_logprobs, prompt_extras = b"", TokenExtras()
         if sequence.prompt_scores is not None and not sequence.is_prompt_delivered:
             prompt_logprobs, prompt_extras = self._prompt_part(sequence, sequence.prompt_scores, finish)
+        routed = RoutedPart()
+        if sequence.routed is not None and (known > num_prompt or finish is not None):
+            routed = sequence.routed.take(known - 1)  # the last token is not computed
         first, last = first - num_prompt, known - num_prompt
         spans, span_epochs = sequence.spans(first, last)
         return Delta(
@@ -101,6 +106,7 @@ class ResultApplier:
             span_epochs=span_epochs,
             prompt_spans=tuple(sequence.prompt_spans) if prompt_logprobs or finish is not None else (),
             times=(sequence.started, sequence.first_token) if finish is not None or not first else (),
+            routed=routed,
         )
 
     def finish(self, sequence: Sequence, finish: Finish, deltas: list[Delta]) -> None:
@@ -146,6 +152,15 @@ class ResultApplier:
                 assert scores is not None, "a row was scored that did not ask for it"
                 scores.add(scored)
                 sequence.mark_prompt(scores.next_position, step.version)
+
+    def _take_routed(self, step: InFlight, result: StepResult) -> None:
+        table = self._roster.table
+        for row, routed in result.routed.items():
+            slot = int(step.rows.slots[row])
+            if table.accepts[slot]:
+                sequence = table.sequence(slot)
+                assert sequence.routed is not None, "a row was told its experts that did not ask"
+                sequence.routed.add(routed, replaces=int(table.num_known[slot]) == sequence.num_prompt)
 
     def _take_tokens(self, step: InFlight, slots: IndexArray, result: StepResult, deltas: list[Delta]) -> None:
         """Accept up to k tokens per row, column by column, so that a token after the end of its sequence is dropped.
@@ -200,9 +215,10 @@ class ResultApplier:
         table.num_known[slots] = positions + 1
         self._counters.num_generated_tokens += len(slots)
         if result.extras:
-            self._take_extras(step, result, column, rows)
+            self._end_overfull(self._take_extras(step, result, column, rows), deltas)
         stopped = _find_stops(table, slots, positions, token_ids)
-        ended = np.flatnonzero(stopped | (positions + 1 >= table.max_length[slots]))
+        is_last = stopped | (positions + 1 >= table.max_length[slots])
+        ended = np.flatnonzero(is_last & table.accepts[slots] if result.extras else is_last)
         self._counters.num_finished += len(ended)
         for index in ended.tolist():
             finish = Finish("stop", int(token_ids[index])) if stopped[index] else Finish("length")
@@ -224,8 +240,10 @@ class ResultApplier:
         if len(changed):
             table.version[slots[changed]] = step.version_index
 
-    def _take_extras(self, step: InFlight, result: StepResult, column: int, rows: BoolArray | slice) -> None:
-        table = self._roster.table
+    def _take_extras(self, step: InFlight, result: StepResult, column: int, rows: BoolArray | slice) -> list[Sequence]:
+        """Take what else was asked of the tokens just taken. Returns the sequences with more kept ids than they may
+        have."""
+        table, overfull = self._roster.table, list[Sequence]()
         taking = set(np.flatnonzero(step.rows.samples)[rows].tolist())
         for row in taking.intersection(result.extras):
             slot, values = int(step.rows.slots[row]), result.extras[row]
@@ -233,6 +251,15 @@ class ResultApplier:
             if sequence.extras is not None:
                 token = int(table.num_known[slot]) - sequence.num_prompt - 1  # the one just taken
                 sequence.extras.write(token, values, column, column + 1)
+                if sequence.extras.num_kept > sequence.request.logprobs.max_kept:
+                    overfull.append(sequence)
+        return overfull
+
+    def _end_overfull(self, overfull: list[Sequence], deltas: list[Delta]) -> None:
+        for sequence in overfull:
+            self._counters.num_failed += 1
+            error = _too_many_kept(sequence.request.logprobs.max_kept).info()
+            self.finish(sequence, Finish("error", message=error.message, error=error), deltas)
 
     def _deliver_due(self, slots: IndexArray, deltas: list[Delta]) -> None:
         """Non-terminal deltas of the streaming sequences that have enough new tokens."""
@@ -253,6 +280,14 @@ class ResultApplier:
             sequence.mark_prompt(sequence.num_prompt, step.version)
             self.finish(sequence, Finish("length"), deltas)
             self._counters.num_finished += 1
+
+
+def _too_many_kept(most: int) -> RequestError:
+    message = (
+        f"the tokens that could have been drawn were asked for, and are more than {most}, the most of this sample: "
+        "give a lower top_p, a top_k, or fewer samples in a call"
+    )
+    return RequestError(message, field="sampling_params.top_p")
 
 
 def _find_stops(table: RunningTable, slots: IndexArray, positions: IndexArray, token_ids: Int32Array) -> BoolArray:

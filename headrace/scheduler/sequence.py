@@ -14,6 +14,7 @@ import numpy as np
 from headrace.scheduler.limits import SchedulerLimits, max_output
 from headrace.scheduler.position_extras import PositionExtras
 from headrace.scheduler.prompt_scores import PromptScores
+from headrace.scheduler.routed_positions import RoutedPositions
 from headrace.types.request import Float32Array, Int32Array, Request
 
 LEAST_AT_ONCE = 8
@@ -48,8 +49,9 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     token_ids: Int32Array  # all known tokens, and the output's log-probabilities, while it holds no slot
     logprobs: Float32Array = _NO_LOGPROBS
     units: bytes  # what the prefix cache knows `token_ids` by: for text, the very same
-    extras: PositionExtras | None  # further log-probabilities of its output tokens, if it asked for any
+    extras: PositionExtras | None  # what else it asked of its output tokens, if it did
     prompt_scores: PromptScores | None
+    routed: RoutedPositions | None = None  # the experts of its tokens, if it asked for them
     state: State = State.WAITING
     rank: int = 0  # since it was first admitted; smaller is served first (priority, then admission)
     slot: int = -1  # -1: none; an ended sequence holds one until its last step in flight retires
@@ -79,7 +81,8 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
             has_known_end=not stop_token_ids and LEAST_AT_ONCE * max_length <= limits.max_total_num_tokens,
             token_ids=prompt,
             units=request.prompt,
-            extras=PositionExtras(options) if options.wants_extras else None,
+            extras=PositionExtras(options, keeps=options.max_kept > 0) if options.wants_output_extras else None,
+            routed=None if options.routed_start is None else RoutedPositions(options.routed_start),
             prompt_scores=None if start is None or start >= num_prompt else PromptScores(start, num_prompt, options),
         )
 

@@ -77,7 +77,8 @@ _GENERATING: dict[str, RouteNote] = {
         GenerateBody,
         reply="an object for one prompt and one sample, else a list: `text`, `output_ids`, `meta_info`",
         refused=_sorted(keys.LACKING_GENERATE, (f"sampling_params.{name}" for name in keys.LACKING_SAMPLING)),
-        remark="Unknown sampling parameters; unknown keys of the body are passed over with a warning.",
+        remark="Unknown sampling parameters, and of `custom_params` all but `return_top_p_token_ids`; unknown keys of "
+        "the body are passed over with a warning.",
     ),
     **rows(
         "OpenAI",

@@ -13,14 +13,12 @@ from headrace.types.sampling_params import SamplingParams
 MAX_ABSENT_DEPTH = 8
 MAX_NAMED = 32
 
-LACKING_SAMPLING = frozenset(
-    ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params", "stream_interval")
-)
+LACKING_SAMPLING = frozenset(("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "stream_interval"))
 LACKING_GENERATE = frozenset(
     (
         *("image_data", "video_data", "audio_data", "mm_hashes", "modalities", "input_embeds"),
         *("positional_embed_overrides", "custom_logit_processor", "require_reasoning", "background"),
-        *("return_hidden_states", "return_routed_experts", "routed_experts_start_len", "return_indexer_topk"),
+        *("return_hidden_states", "return_indexer_topk"),
         *("return_sampling_mask", "return_entropy", "lora_path", "lora_id", "session_params"),
         *("bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank", "data_parallel_rank"),
     )
@@ -29,6 +27,7 @@ LACKING_OPENAI = LACKING_GENERATE | {
     *("response_format", "json_schema", "regex", "ebnf", "structural_tag", "structured_outputs", "custom_params"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "functions", "function_call", "audio"),
     *("prediction", "web_search_options", "echo", "suffix", "use_beam_search", "stop_regex"),
+    *("return_routed_experts", "routed_experts_start_len"),
     *("input_ids", "documents", "chat_template", "prompt_embeds", "best_of"),
     *("allowed_token_ids", "bad_words", "logprob_token_ids", "logits_processors", "length_penalty", "early_stopping"),
     *("guided_decoding_backend", "guided_whitespace_pattern", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"),

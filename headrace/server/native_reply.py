@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from headrace.engine import Stream
 from headrace.engine.sample import extend_spans
@@ -47,6 +51,8 @@ class SequenceReply:
         self._prompt_spans: list[tuple[str, int]] = []
         self._last_version: str | None = None
         self._num_tokens = 0
+        self._keeps = stream.item.logprobs.max_kept > 0
+        self._kept: list[list[int]] = []
         if wants_logprobs:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
 
@@ -59,6 +65,7 @@ class SequenceReply:
             self._last_version = version
         extend_spans(self._spans, self._epochs, piece)
         extend_spans(self._whole_spans, self._whole_epochs, piece)
+        self._kept += piece.kept_token_ids
         if self._wants_logprobs:
             self._add_logprobs(piece)
 
@@ -90,6 +97,10 @@ class SequenceReply:
         if self._wants_logprobs:
             meta.update(self._lists)
             meta["output_token_logprobs_length"] = len(self._lists["output_token_logprobs"])
+        if self._keeps:
+            meta.update(top_p_fields(self._kept))
+        if piece.routed_experts is not None:
+            meta["routed_experts"] = _base64(piece.routed_experts.array().astype("<i4"))
         if piece.finish_reason is not None:
             meta["e2e_latency"] = time.perf_counter() - self._style.received_at
             meta["response_sent_to_client_ts"] = time.time()
@@ -105,6 +116,7 @@ class SequenceReply:
         self._ids.clear()
         self._spans.clear()
         self._epochs.clear()
+        self._kept.clear()
         self._prompt_spans = []
         for values in self._lists.values():
             values.clear()
@@ -137,6 +149,19 @@ class SequenceReply:
     def _triple(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
         tokenizer = self._style.tokenizer
         return logprob, token_id, None if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def top_p_fields(kept: Sequence[Sequence[int]]) -> dict[str, str]:
+    """The tokens that each one could have been as slime reads them: base64 of int32, those of token i at
+    offsets[i]..offsets[i + 1]."""
+    counts = list(map(len, kept))
+    ids = np.fromiter(itertools.chain.from_iterable(kept), "<i4", sum(counts))
+    offsets = np.cumsum([0, *counts]).astype("<i4")
+    return {"top_p_token_ids": _base64(ids), "top_p_token_offsets": _base64(offsets)}
+
+
+def _base64(values: npt.NDArray[np.int32]) -> str:
+    return base64.b64encode(values.tobytes()).decode("ascii")
 
 
 def weight_versions(spans: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:

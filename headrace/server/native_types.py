@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from headrace.engine import AsyncEngine, GenerateItem
-from headrace.engine.bounds import check_body, check_call
+from headrace.engine.bounds import check_body, check_call, check_routed, max_kept_each
 from headrace.engine.fields import name_of, params_list, read_params
 from headrace.engine.pacing import Turn
 from headrace.server.errors import renamed
@@ -21,6 +22,7 @@ from headrace.server.prompts import check_count, encode_text, encode_texts, warn
 from headrace.server.wire import convert
 from headrace.text import run_sized
 from headrace.types.errors import HeadraceError, RequestError
+from headrace.types.plain_values import as_flag
 from headrace.types.request import check_prompt_length
 from headrace.types.sampling_params import LogprobMode, LogprobOptions, SamplingParams
 
@@ -39,6 +41,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     token_ids_logprob: list[Any] | None = None
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
+    return_routed_experts: bool | list[bool] = False
+    routed_experts_start_len: int | list[int] = 0
     stream: bool = False
     incremental_streaming_output: bool | None = None
     extra_key: str | list[str] | None = None
@@ -52,6 +56,9 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     log_metrics: bool = True
 
 
+CUSTOM, RETURN_TOP_P = "custom_params", "return_top_p_token_ids"
+"""How slime asks for the tokens that each one could have been: an object among the sampling parameters, and its key."""
+
 _KNOWN = LACKING_GENERATE.union(GenerateBody.__struct_fields__)
 _NUM_SAMPLES = operator.attrgetter("n")
 _FIELDS = {
@@ -60,6 +67,8 @@ _FIELDS = {
     "top_logprobs": "top_logprobs_num",
     "logprob_token_ids": "token_ids_logprob",
     "seed": "sampling_params.sampling_seed",
+    "routed_experts_start": "routed_experts_start_len",
+    "return_kept_token_ids": f"sampling_params.{CUSTOM}.{RETURN_TOP_P}",
 }
 
 
@@ -99,7 +108,9 @@ class Draft:
         if len(self.params) > 1:
             check_call(self.params)
         self.wants_logprobs = _per_prompt(body.return_logprob, len(self.sources), "return_logprob")
-        self.items = _items(engine, body, self.params, self.wants_logprobs, self.refusals)
+        wants_kept = _wants_kept(body.sampling_params, len(self.params))
+        max_kept = [max_kept_each(num_sequences) if wanted else 0 for wanted in wants_kept]
+        self.items = _items(engine, body, self.params, self.wants_logprobs, max_kept, self.refusals)
         self.warnings = [] if values.keys() <= _KNOWN else warnings_for(values, _KNOWN)
         self.is_list = self.is_batch or num_sequences > 1
         self.names = [""] * num_sequences  # the engine makes them
@@ -140,6 +151,10 @@ async def read_call(engine: AsyncEngine, draft: Draft) -> GenerateCall:
             await run_sized(len(firsts), lambda: check_body(prompts_asked, repeats_ids_for))
         except RequestError as error:
             raise in_dialect(error, 0, is_list) from None
+    if any(item.logprobs.routed_start is not None for item in items):
+        firsts = [item for item in items if item.index == 0 and item.packed is not None]
+        asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
+        check_routed(asked, engine.resolved.model.experts_shape)
     return GenerateCall(
         items=items,
         wants_logprobs=wants_logprobs,
@@ -163,6 +178,7 @@ def _items(
     body: GenerateBody,
     params: list[SamplingParams],
     wants_logprobs: list[bool],
+    max_kept: list[int],
     refusals: dict[int, RequestError] | None,
 ) -> list[GenerateItem]:
     """The first sample of each prompt, without the prompt and its name, from values given once or per prompt."""
@@ -176,11 +192,16 @@ def _items(
         raise RequestError(message, field="num_output_ids_in_prompt")
     asked = _asked_ids(body.token_ids_logprob, len(params)) if body.token_ids_logprob else [()] * len(params)
     config, items = engine.config, list[GenerateItem]()
-    modes = body.logprob_mode or config.logprob_mode, body.prompt_logprob_mode or config.prompt_logprob_mode
-    for position, each in enumerate(zip(wants_logprobs, starts, tops, asked, strict=True)):
-        logprobs = LogprobOptions(*modes)
+    prompt_mode = body.prompt_logprob_mode or config.prompt_logprob_mode
+    routed = _routed_starts(body, len(params))
+    for position, (most, *each) in enumerate(zip(max_kept, wants_logprobs, starts, tops, asked, strict=True)):
+        # Who asks for the tokens that were left compares with a distribution over these.
+        default: LogprobMode = "sampled" if most else config.logprob_mode
+        mode = body.logprob_mode or default
+        plain = LogprobOptions(mode, prompt_mode, max_kept=most, routed_start=routed[position])
+        logprobs = plain
         try:
-            logprobs = logprobs if each == _NO_LOGPROBS else _logprob_options(modes, *each)
+            logprobs = plain if each == _NO_LOGPROBS else _logprob_options(plain, *each)
         except RequestError as error:
             if refusals is None:
                 raise
@@ -200,19 +221,28 @@ def _items(
     return items
 
 
-_NO_LOGPROBS = False, -1, 0, ()
+def _routed_starts(body: GenerateBody, num_prompts: int) -> list[int | None]:
+    """From which position on each prompt's experts are asked for; None: they are not."""
+    asked = _per_prompt(body.return_routed_experts, num_prompts, "return_routed_experts")
+    starts = _per_prompt(body.routed_experts_start_len, num_prompts, "routed_experts_start_len")
+    return [start if wanted else None for wanted, start in zip(asked, starts, strict=True)]
+
+
+_NO_LOGPROBS = [False, -1, 0, ()]
 
 
 def _logprob_options(
-    modes: tuple[LogprobMode, LogprobMode], is_wanted: bool, start: int, num_top: int, asked: tuple[int, ...]
+    plain: LogprobOptions, is_wanted: bool, start: int, num_top: int, asked: tuple[int, ...]
 ) -> LogprobOptions:
     if start < -1:
         raise RequestError("logprob_start_len must be -1 or a prompt position", field="logprob_start_len")
     if num_top < 0:
         raise RequestError("top_logprobs_num must not be negative", field="top_logprobs_num")
     if not is_wanted:
-        return LogprobOptions(*modes)
-    return LogprobOptions(*modes, prompt_start=None if start < 0 else start, num_top=num_top, token_ids=asked)
+        return plain
+    start_or_none = None if start < 0 else start
+    found: LogprobOptions = replace(plain, prompt_start=start_or_none, num_top=num_top, token_ids=asked)
+    return found
 
 
 def _sources(body: GenerateBody) -> tuple[list[Any], bool, str]:
@@ -280,12 +310,32 @@ def shared_ids(engine: AsyncEngine, ids: Any, field: str) -> Any:
 
 def read_native_params(defaults: Mapping[str, Any], values: Any, field: str) -> SamplingParams:
     """Sampling parameters in the dialect's spelling. Raises `RequestError` naming the parameter."""
+    if isinstance(values, dict) and CUSTOM in values:
+        _check_custom(values[CUSTOM], f"{field}.{CUSTOM}")
+        values = {key: value for key, value in values.items() if key != CUSTOM}
     if isinstance(values, dict) and not LACKING_SAMPLING.isdisjoint(values):
         if values.get("stream_interval") == 1:
             values = {**values, "stream_interval": None}
         refuse_lacking(values, LACKING_SAMPLING, field)
         values = {key: value for key, value in values.items() if key not in LACKING_SAMPLING}
     return read_params(values, field, defaults)
+
+
+def _check_custom(custom: Any, field: str) -> None:
+    if custom is None:
+        return
+    if not isinstance(custom, dict):
+        raise RequestError(f"{field} must be an object", field=field)
+    refuse_lacking(custom, custom.keys() - {RETURN_TOP_P}, field)
+    if custom.get(RETURN_TOP_P) is not None:
+        as_flag(custom[RETURN_TOP_P], f"{field}.{RETURN_TOP_P}")
+
+
+def _wants_kept(sampling_params: Any, num_prompts: int) -> list[bool]:
+    """Which prompts ask for the tokens that each one could have been; parameters that are refused ask for nothing."""
+    given = sampling_params if isinstance(sampling_params, list) else [sampling_params] * num_prompts
+    asked = [each.get(CUSTOM) if isinstance(each, dict) else None for each in given]
+    return [isinstance(each, dict) and each.get(RETURN_TOP_P) is True for each in asked]
 
 
 def _per_prompt(value: Any, num_prompts: int, field: str) -> list[Any]:

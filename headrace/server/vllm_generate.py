@@ -3,11 +3,14 @@ what is asked for is a completion (`openai_completions`) without text."""
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -28,7 +31,7 @@ from headrace.server.routes import Endpoint
 from headrace.server.state import ServerState
 from headrace.server.wire import convert, dropping, json_reply, read_body
 from headrace.types.errors import RequestError
-from headrace.types.generation import Generation
+from headrace.types.generation import Generation, RoutedExperts
 
 _OF_THE_REPLY = ("output_kind", "detokenize")  # of vLLM's parameters: it is whole, and without text
 _OWN_KEYS = ("model", "cache_salt", "priority", "request_id")
@@ -67,6 +70,8 @@ class VllmGenerateFace:
             max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
             params = sampling_params(self._state, body, max_tokens)
             options = logprob_options(self._state, body, body.logprobs or 0, "logprobs")
+            if self._state.engine.config.keep_routed_experts:  # asked for by the server's setting, as of vLLM
+                options = msgspec.structs.replace(options, routed_start=0)
             await call.submit([Prompt(row, "token_ids")], params, options)
         with dropping(request.scope, call.cancel, self._state.metrics.count_disconnect):
             choices = await call.written(functools.partial(self._choice, body))
@@ -81,7 +86,15 @@ class VllmGenerateFace:
             "finish_reason": piece.finish_reason,
             "logprobs": None if body.logprobs is None else chat_logprobs(self._writer, with_top(piece, body.logprobs)),
             "version_spans": piece.version_spans,
+            "routed_experts": None if piece.routed_experts is None else _npy(piece.routed_experts),
         }
+
+
+def _npy(routed: RoutedExperts) -> str:
+    """As vLLM answers them: base64 of a NumPy file, [tokens, layers, experts per token] of all tokens but the last."""
+    file = io.BytesIO()
+    np.save(file, routed.array().astype("<i2"), allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _read(values: Mapping[str, Any]) -> tuple[list[Any], tuple[CompletionBody, list[str]]]:

@@ -7,6 +7,8 @@ import time
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.sampling_params import LogprobMode
@@ -44,6 +46,21 @@ def times_of(queued: float, between: tuple[float, ...], ended: float) -> Times:
     return Times(*(moment + offset if moment else 0.0 for moment in (queued, *(between or (0.0, 0.0)), ended)))
 
 
+class RoutedExperts(msgspec.Struct, frozen=True):
+    """The experts that tokens were given to, in every layer: of each token from position `start` on but the last, which
+    was not computed. `experts` are little-endian int16 [tokens, num_layers, num_per_token]."""
+
+    start: int
+    num_layers: int
+    num_per_token: int
+    experts: bytes
+
+    def array(self) -> npt.NDArray[np.int32]:
+        """int32 [tokens, num_layers, num_per_token], the most probable first; 0 in layers that have no experts."""
+        found = np.frombuffer(self.experts, "<i2").reshape(-1, self.num_layers, self.num_per_token)
+        return found.astype(np.int32)
+
+
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """One finished sample, or (from `stream`) what is new about one since the last piece.
 
@@ -53,9 +70,13 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     prompt_version_spans  ((version, num_tokens), ...) of the prompt's positions, from the first on, by the weights that
                           scored them; only with prompt_logprobs or for no new tokens. They sum to num_prompt_tokens
                           unless the request was aborted before all were scored
+    routed_experts        with `return_routed_experts` the experts of the prompt's and the generated tokens, once it has
+                          ended; None if not asked, or if it ended before its prompt was computed
     prompt_logprobs       one per prompt token, None where there is none (always the first); [] if not asked
     top_logprobs          per generated token {id: logprob} of the most probable ids; [] if not asked
     token_ids_logprobs    per generated token {id: logprob} of the asked ids; [] if not asked
+    kept_token_ids        per generated token the ids that it could have been, in ascending order: those that bias,
+                          masks, top-k, top-p and min-p left (greedy: itself); [] if not asked
     prompt_top_logprobs, prompt_token_ids_logprobs   the same per prompt token (None where there is none)
     finish_reason         "stop" | "length" | "abort" | "error" (with `return_errors` only); None on a stream piece that
                           is not the last
@@ -77,6 +98,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprob_mode: LogprobMode = "raw"
     top_logprobs: list[dict[int, float]] = []
     token_ids_logprobs: list[dict[int, float]] = []
+    kept_token_ids: list[list[int]] = []
+    routed_experts: RoutedExperts | None = None
     prompt_logprobs: list[float | None] = []
     prompt_top_logprobs: list[dict[int, float] | None] = []
     prompt_token_ids_logprobs: list[dict[int, float] | None] = []

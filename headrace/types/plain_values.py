@@ -37,12 +37,22 @@ _NAMES_ELSEWHERE = {
     **{"max_num_seqs": "max_running_requests", "max_total_tokens": "kv_pool_tokens"},
     **{"chunked_prefill_size": "max_num_batched_tokens", "max_prefill_tokens": "max_num_batched_tokens"},
     **{"enable_prefix_caching": "prefix_cache", "enable_memory_saver": "memory_saver"},
-    **{"token_ids_logprob": "logprob_token_ids"},
+    **{"token_ids_logprob": "logprob_token_ids", "return_top_p_token_ids": "return_kept_token_ids"},
+    **{"routed_experts_start_len": "routed_experts_start", "enable_return_routed_experts": "keep_routed_experts"},
     **{"top_logprobs_num": "top_logprobs", "prompt_logprobs": "return_prompt_logprobs"},
     **{"logprob_start_len": "logprob_start", "rid": "request_id", "cache_salt": "extra_key"},
     **{"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"},
 }
 """What SGLang, vLLM and OpenAI call what is called otherwise here, and means the same."""
+
+_ONLY_ELSEWHERE = frozenset(
+    (
+        *("allowed_token_ids", "length_penalty", "lora_request", "return_entropy", "return_prompt_token_ids"),
+        "prompt_token_ids",
+        *("dp_size", "ep_size", "sampling_backend"),
+    )
+)
+"""Their names for what there is not here: one of ours that is spelled nearly so means something else."""
 
 Refusal = type[HeadraceError]
 
@@ -177,8 +187,9 @@ def meant_by(name: Any, known: Iterable[str]) -> str:
     if not isinstance(name, str) or len(name) > _MAX_NAME_LENGTH:  # comparing takes the square of it
         return ""
     names = list(known)
-    if _NAMES_ELSEWHERE.get(name) in names:
-        return _NAMES_ELSEWHERE[name]
+    if name in _NAMES_ELSEWHERE or name in _ONLY_ELSEWHERE:
+        meant = _NAMES_ELSEWHERE.get(name, "")
+        return meant if meant in names else ""
     return next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from headrace.types.request import Float32Array, Int32Array, TokenSampling
+from headrace.types.request import Float32Array, Int16Array, Int32Array, TokenSampling
 from headrace.types.sampling_params import LogprobOptions
 
 LAST_TOKEN = -1
@@ -24,6 +24,7 @@ step may sample none: what comes of rows in flight behind it is dropped, and the
 
 
 NO_MOVES: Int32Array = np.empty((0, 3), np.int32)
+_NOTHING_KEPT: Int32Array = np.empty(0, np.int32)
 
 
 class PlanRefused(ValueError):
@@ -120,11 +121,31 @@ class SamplePatch(msgspec.Struct, frozen=True):
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True):
-    """Further log-probabilities of m positions: top-k ids and values [m, num_top], asked ids' values [m, num_asked]."""
+    """What else was asked of m positions: top ids and their log-probabilities [m, num_top], those of asked ids
+    [m, num_asked]; and the ids that could have been drawn, position after position in ascending order, with their
+    number at each [m]. Both are empty where they were not asked for."""
 
     top_ids: Int32Array
     top_logprobs: Float32Array
     asked_logprobs: Float32Array
+    kept_ids: Int32Array = _NOTHING_KEPT
+    kept_counts: Int32Array = _NOTHING_KEPT
+
+    def kept_between(self, first: int, last: int) -> Int32Array:
+        """The kept ids of positions first..last-1."""
+        start = int(self.kept_counts[:first].sum())
+        return self.kept_ids[start : start + int(self.kept_counts[first:last].sum())]
+
+
+class RoutedRow(msgspec.Struct, frozen=True):
+    """The experts that the tokens at absolute positions first..first+m-1 of a sequence were given to: int16 [m, layers,
+    experts per token], the most probable first; 0 in layers that have none.
+
+    A sequence that enters a slot is told all from where it asked on: what it found computed was kept with the pages.
+    """
+
+    first: int
+    experts: Int16Array
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):
@@ -143,8 +164,8 @@ class StepResult(msgspec.Struct, frozen=True):
 
     token_ids [s, k] int32 and logprobs [s, k] float32 hold `num_tokens` [s] valid tokens each, 0 to k (k is 1 without
     speculation, never 0), at consecutive positions from row_starts + row_lengths on. `extras` maps a row index to its
-    sampled positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it;
-    both hold only rows that asked.
+    sampled positions' further log-probabilities, `prompt_logprobs` a row index to the prompt positions scored by it,
+    `routed` one to the experts of positions computed by then; all hold only rows that asked.
     """
 
     step_id: int
@@ -153,3 +174,4 @@ class StepResult(msgspec.Struct, frozen=True):
     num_tokens: Int32Array
     extras: dict[int, PositionLogprobs] = {}
     prompt_logprobs: dict[int, PromptLogprobs] = {}
+    routed: dict[int, RoutedRow] = {}

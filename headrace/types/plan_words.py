@@ -1,6 +1,6 @@
 """A `StepPlan` as one flat int32 array: how it travels to other ranks. Owns the layout; must not know who sends.
 
-Little-endian words, wider numbers as two. Version 2, in this order:
+Little-endian words, wider numbers as two. Version 3, in this order:
 
     header       `_HEADER`: mark and version, number of words in all, step id, epoch, waits_to_sample (0 or 1), and how
                  many slots, cells, rows, tokens, groups and moves follow
@@ -25,11 +25,11 @@ from headrace.types.plan import LAST_TOKEN, PlanRefused, SlotInit, StepPlan
 from headrace.types.request import Int32Array, TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
-_VERSION_2 = 0x48_52_50_02  # "HRP", 2
+_VERSION_3 = 0x48_52_50_03  # "HRP", 3
 _MODES: tuple[LogprobMode, ...] = get_args(LogprobMode)
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_NUMBERS = ("slot", "num_prompt_tokens", "min_length", "num_output_ids_in_prompt", "num_top", "top_k")
-_CODES = ("output_mode", "prompt_mode", "prompt_start")
+_NUMBERS = ("slot", "num_prompt_tokens", "min_length", "num_output_ids_in_prompt", "num_top", "top_k", "max_kept")
+_CODES = ("output_mode", "prompt_mode", "prompt_start", "routed_start")
 _COUNTS = ("num_slots", "num_cells", "num_rows", "num_tokens", "num_groups", "num_moves")
 _LENGTHS = ("num_token_ids", "num_stop_ids", "num_asked", "num_biased")
 _HEADER = np.dtype(
@@ -55,7 +55,7 @@ def encode(plan: StepPlan) -> Int32Array:
         num_words = _HEADER_WORDS + _SLOT_WORDS * len(slots) + sum(map(len, parts))
         counted = plan.page_ids, plan.row_slots, plan.token_ids, plan.prefix_groups, plan.page_moves
         counts = len(slots), *map(len, counted)
-        numbers = _VERSION_2, num_words, plan.step_id, plan.epoch, plan.waits_to_sample, *counts
+        numbers = _VERSION_3, num_words, plan.step_id, plan.epoch, plan.waits_to_sample, *counts
         header = np.array(numbers, _HEADER)
     except OverflowError as error:
         raise PlanRefused(f"step {plan.step_id} has a number that is too great: {error}") from error
@@ -66,7 +66,7 @@ def decode(words: Int32Array) -> StepPlan:
     """The plan that `encode` made these words of; its arrays are views of them. Raises `PlanRefused`."""
     _require(words.dtype == np.int32 and words.ndim == 1 and len(words) >= _HEADER_WORDS, "it is no array of words")
     header = _records(words[:_HEADER_WORDS], _HEADER)[0]
-    _require(header["version"] == _VERSION_2, "it is of another version, or no plan")
+    _require(header["version"] == _VERSION_3, "it is of another version, or no plan")
     _require(header["num_words"] == len(words), f"it says {header['num_words']} words and has {len(words)}")
     num_slots, num_cells, num_rows, num_tokens, num_groups, num_moves = (int(header[name]) for name in _COUNTS)
     reader = _Reader(words, _HEADER_WORDS)
@@ -107,8 +107,9 @@ def _record(init: SlotInit) -> tuple[Any, ...]:
     sampling, options = init.sampling, init.logprobs
     return (
         *(init.seed, init.slot, init.num_prompt_tokens, init.min_length, init.num_output_ids_in_prompt),
-        *(options.num_top, sampling.top_k, _MODES.index(options.output_mode), _MODES.index(options.prompt_mode)),
-        -1 if options.prompt_start is None else options.prompt_start,
+        *(options.num_top, sampling.top_k, options.max_kept),
+        *(_MODES.index(options.output_mode), _MODES.index(options.prompt_mode)),
+        *(-1 if start is None else start for start in (options.prompt_start, options.routed_start)),
         *(len(init.token_ids), len(init.stop_token_ids), len(options.token_ids), len(sampling.logit_bias)),
         *(getattr(sampling, name) for name in _FLOATS),
     )
@@ -125,8 +126,9 @@ def _init(record: Any, reader: _Reader) -> SlotInit:
     token_ids, stop_ids, asked, biased = (reader.take(int(record[name])) for name in _LENGTHS)
     values = _records(reader.take(len(biased), 2), np.dtype("<f8"))
     number = {name: record[name].item() for name in (*_NUMBERS, *_CODES)}
-    *modes, start = (number[name] for name in _CODES)
-    _require(min(number[name] for name in _NUMBERS) >= 0 and start >= -1, "a number of a slot is negative")
+    *modes, start, routed_start = (number[name] for name in _CODES)
+    least = min(start + 1, routed_start + 1, *(number[name] for name in _NUMBERS))
+    _require(least >= 0, "a number of a slot is negative")
     _require(all(0 <= mode < len(_MODES) for mode in modes), f"there are no modes {modes}")
     floats = {name: float(record[name]) for name in _FLOATS}
     bias = tuple(zip(biased.tolist(), values.tolist(), strict=True))
@@ -142,6 +144,8 @@ def _init(record: Any, reader: _Reader) -> SlotInit:
             prompt_start=None if start < 0 else start,
             num_top=number["num_top"],
             token_ids=tuple(asked.tolist()),
+            max_kept=number["max_kept"],
+            routed_start=None if routed_start < 0 else routed_start,
         ),
         stop_token_ids=tuple(stop_ids.tolist()),
         min_length=number["min_length"],

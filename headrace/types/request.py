@@ -16,6 +16,7 @@ import numpy.typing as npt
 from headrace.types.errors import ErrorInfo, RequestError
 from headrace.types.sampling_params import LogprobOptions
 
+Int16Array = npt.NDArray[np.int16]
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 FinishType = Literal["stop", "length", "abort", "error"]
@@ -134,12 +135,29 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class TokenExtras(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Further log-probabilities of n positions, row by row: the top ids (int32 [n, num_top]) with their values
-    (float32), and the values of the asked ids (float32 [n, num_asked]). Empty where nothing was asked."""
+    """What else was asked of n positions, row by row: the top ids (int32 [n, num_top]) with their log-probabilities
+    (float32), those of the asked ids (float32 [n, num_asked]), and how many ids could have been drawn (int32 [n]), with
+    the ids (int32, as many as all of these). Empty where nothing was asked."""
 
     top_ids: bytes = b""
     top_logprobs: bytes = b""
     asked_logprobs: bytes = b""
+    kept_counts: bytes = b""
+    kept_ids: bytes = b""
+
+
+class RoutedPart(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The experts that n tokens in a row were given to: little-endian int16 [n, layers, experts per token]."""
+
+    num_layers: int = 0
+    num_per_token: int = 0
+    experts: bytes = b""
+
+    def joined(self, later: RoutedPart) -> RoutedPart:
+        """These positions and those that follow them."""
+        if not (self.experts and later.experts):
+            return self if self.experts else later
+        return RoutedPart(self.num_layers, self.num_per_token, self.experts + later.experts)
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -151,8 +169,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     positions `prompt_start`.. of the prompt, NaN where a position has none; `prompt_extras` has as many rows, of no
     meaning there. `prompt_spans` ((version, count), ...) name who scored the prompt, from position 0 on; a request for
     no tokens has them whatever it asked. `times` are when the request was started and had its first token (0: not yet),
-    in seconds of CLOCK_MONOTONIC, in its first delta and its last. `finish` is set exactly once per request, on its
-    last delta.
+    in seconds of CLOCK_MONOTONIC, in its first delta and its last. `routed` are the experts of further positions, from
+    where they were asked for on, up to the one before the last token. `finish` is set exactly once per request, on
+    its last delta.
     """
 
     handle: int
@@ -168,6 +187,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     span_epochs: tuple[int, ...] = ()
     prompt_spans: tuple[tuple[Version, int], ...] = ()
     times: tuple[float, ...] = ()
+    routed: RoutedPart = RoutedPart()
 
     @classmethod
     def failed(cls, handle: int, error: ErrorInfo) -> Delta:

@@ -128,6 +128,9 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `output_mode` and `prompt_mode` say what the numbers mean (docs/architecture.md, "Log-probabilities").
     `prompt_start` is the first prompt position to score (None: no prompt logprobs; position 0 has none and reads null).
     `num_top` asks for that many most probable tokens per position, `token_ids` for those tokens' values at each.
+    `max_kept` above 0 asks for the tokens that each generated one could have been (what bias, masks, top-k, top-p and
+    min-p left), and is how many all of them together may be: a request that comes to more ends with an error.
+    `routed_start` asks for the experts that the tokens from that position on were given to; None: not.
     """
 
     output_mode: LogprobMode = "temperature"
@@ -135,11 +138,18 @@ class LogprobOptions(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_start: int | None = None
     num_top: int = 0
     token_ids: tuple[int, ...] = ()
+    max_kept: int = 0
+    routed_start: int | None = None
 
     @property
     def wants_extras(self) -> bool:
         """True when each position needs more than its own token's value."""
         return self.num_top > 0 or bool(self.token_ids)
+
+    @property
+    def wants_output_extras(self) -> bool:
+        """As `wants_extras`, of the generated tokens."""
+        return self.wants_extras or self.max_kept > 0
 
 
 def _read_stop(value: Any, field: str) -> tuple[str, ...]:

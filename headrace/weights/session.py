@@ -45,6 +45,7 @@ from headrace.types.weights import (
     WeightState,
 )
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, Ticket, WeightMemory
+from headrace.weights.weight_map import why_headless
 
 _MAX_NAMES_IN_MESSAGE = 8
 
@@ -288,7 +289,7 @@ class WeightMachine:
         if session is None or (session.is_complete and not (session.is_open_ended and not session.staged.num_staged)):
             return
         names = self.missing() or ["an update of no tensors"]
-        raise WeightUpdateError(f"not staged: {shortened(names)}", field=names[0])
+        raise WeightUpdateError(f"not staged: {shortened(names)}{why_headless(names)}", field=names[0])
 
     def require(self, session_id: int) -> OpenUpdate:
         """The open session, if that is its id. Of the last one that ended, an error that says how; else

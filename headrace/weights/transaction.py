@@ -103,7 +103,11 @@ class Transaction:
         for alias, target in self._aliases.items():
             other = {alias: target, target: alias}.get(name)
             if other and self.totals.get(other, total) != total:
-                raise WeightUpdateError(f"{alias} is tied to {target} and must hold the same values", field=alias)
+                message = (
+                    f"{alias} is tied to {target} by the engine's config.json and must hold the same values: for a "
+                    "head of its own start the engine from a folder with tie_word_embeddings false"
+                )
+                raise WeightUpdateError(message, field=alias)
 
 
 def check_digest(info: TensorInfo, digest: str) -> None:

@@ -23,6 +23,11 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 TIED_HEAD = "lm_head.weight"
 """The output head: the one tensor that may be another one's memory, the embedding's."""
 
+_HEADLESS = (
+    " (this model has a head of its own; where the trainer's is tied to the embedding, send that under this name, too, "
+    "as named_tensors does with keep_tied_head=True)"
+)
+
 _RECOMPUTED_SUFFIXES = (
     "rotary_emb.inv_freq",
     "rotary_emb.original_inv_freq",
@@ -118,6 +123,11 @@ class ManifestPlan(msgspec.Struct, frozen=True):
     rules: tuple[WeightRule, ...]
     aliases: dict[str, str]
     compared: frozenset[str]
+
+
+def why_headless(missing: Sequence[str]) -> str:
+    """What to add where these tensors are told to be missing: a trainer that ties its head does not list it."""
+    return _HEADLESS if TIED_HEAD in missing else ""
 
 
 class WeightMap:
@@ -266,7 +276,7 @@ class WeightMap:
             seen.add(info.name)
         problems += self.find_doubled(seen)
         if not partial:
-            problems += [(name, f"{name} is missing") for name in self.missing(seen)]
+            problems += [(name, f"{name} is missing{why_headless([name])}") for name in self.missing(seen)]
         elif not manifest:
             problems.append(("manifest", "a partial update must name at least one tensor"))
         return problems

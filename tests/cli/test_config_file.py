@@ -85,6 +85,20 @@ def test_a_mistake_is_told_with_its_line(line: str, settle: Any, tmp_path: Path)
     assert caught.value.message == f"{tmp_path / 'serve.yaml'}, {WRONG[line]}"
 
 
+@pytest.mark.parametrize("name", ["api-key", "admin-api-key"])
+def test_a_key_in_the_file_and_a_file_of_it_are_refused_wherever_each_is_said(
+    name: str, settle: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("one\n")
+    key, file, field = f"{name}: two", f"{name}-file: {tmp_path / 'key'}", name.replace("-", "_")
+    asks = (key, f"--{name}-file={tmp_path / 'key'}"), (file, f"--{name}=two"), (f"{key}\n{file}",)
+    for (line, *words), number in zip(asks, (2, 2, 3), strict=True):
+        with pytest.raises(ConfigError) as caught:
+            settle(f"model: m\n{line}\n", *words)
+        told = f"{tmp_path / 'serve.yaml'}, line {number}: give {field} or {field}_file, not both"
+        assert (caught.value.message, caught.value.field) == (told, f"{field}_file")
+
+
 def test_a_file_of_something_else(settle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="line 1: flags and their values are needed"):
         settle("- model\n")

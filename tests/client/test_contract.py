@@ -118,7 +118,9 @@ def scenario(door: Any, folder: Path) -> list[Any]:
         logprob_start=2,
         logprob_mode="sampled",
     )
-    seen += door.generate(["Up", "Down"], sampling_params={**DRAWN, "top_k": 4}, request_id=["a", "b"])
+    seen += door.generate(
+        ["Up", "Down"], sampling_params={**DRAWN, "top_k": 4}, request_id=["a", "b"], return_kept_token_ids=True
+    )
     seen += door.generate(input_ids=torch.tensor(IDS[1]), sampling_params=DRAWN, request_id="tensor")
     seen += door.generate(input_ids=[*IDS, [10**6]], request_id="r", sampling_params=DRAWN, return_errors=True)
     refused: Any = [{"temperature": math.nan}, DRAWN]  # JSON has no such number

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ class FakeReplica:
         """What is sent for a target, whatever it is; then the connection is kept."""
         self.held: dict[str, asyncio.Event] = {}
         """Targets that are answered once the event is set."""
-        self.instance = "one"
+        self.instance = secrets.token_hex(8)
         self.delay = 0.0
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
         """(method and target, headers, body) of what came, health aside."""

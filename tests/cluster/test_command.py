@@ -94,6 +94,15 @@ def test_what_is_wrong_is_one_line(words: list[str], complaint: str, capsys: pyt
     assert complaint in capsys.readouterr().err
 
 
+def test_without_a_replica_it_says_what_it_waits_for() -> None:
+    command = [sys.executable, "-m", "headrace", "router", "--port", "0", "--log-level", "warning"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=child_environment()) as process:
+        assert process.stderr is not None
+        assert "no replica is given: requests wait, then get 503, until POST /workers" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 def test_flags_are_the_options_and_keys_come_from_files(tmp_path: Path) -> None:
     arguments = parse(["router", "http://a:1", "--policy", "round_robin", "--allowed-host", "x"])
     assert arguments.urls == ["http://a:1"] and arguments.policy == "round_robin"

@@ -22,7 +22,7 @@ def test_a_command_reaches_all_replicas_and_says_what_each_answered() -> None:
         assert reply.status_code == 200 and told["success"] is True and told["status"] == "paused" and "own" not in told
         assert [each["id"] for each in told["results"]] == ["replica-0", "replica-1"]
         assert [each["body"]["own"] for each in told["results"]] == [0, 1]
-        assert [each.seen[0][2] for each in found.replicas] == [b'{"mode":"keep"}'] * 2
+        assert [each.seen[-1][2] for each in found.replicas] == [b'{"mode":"keep"}'] * 2
         found.replicas[0].answer = 200, "Cache flushed."
         assert (await found.http.post("/flush_cache")).json()["results"][0]["body"] == "Cache flushed."
 
@@ -92,6 +92,111 @@ def test_a_client_that_leaves_gives_a_command_up() -> None:
         await found.until(lambda: all(each.num_dropped == 1 for each in found.replicas))
 
     tell(story)
+
+
+def targets(replica: FakeReplica) -> list[str]:
+    """What it was asked, but whether it is paused."""
+    return [target for target, _, _ in replica.seen if target != "GET /is_paused"]
+
+
+async def leave(found: Routed, path: str) -> None:
+    """A client that asks, and goes away when one replica has answered and the other has not."""
+    asking = asyncio.ensure_future(found.http.post(path, json={"mode": "keep"}))
+    await found.until(lambda: all(f"POST {path}" in targets(each) for each in found.replicas))
+    await asyncio.sleep(0.05)
+    asking.cancel()
+    await asyncio.wait((asking,))
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", "/pause", "/headrace/pause"])
+@pytest.mark.parametrize("was_paused", [False, True])
+def test_a_pause_whose_client_leaves_is_undone_where_it_was_answered(path: str, was_paused: bool) -> None:
+    """At the replicas that ran before: what was in force stays in force."""
+
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        for each in found.replicas:
+            each.answers["/is_paused"] = 200, {"is_paused": was_paused}
+        second.held[path] = asyncio.Event()
+        await leave(found, path)
+        await found.until(lambda: second.num_dropped == 1)
+        if not was_paused:
+            await found.until(lambda: "POST /continue_generation" in targets(first))
+        await found.http.post("/flush_cache")  # what was to be undone is undone before
+        undone = [] if was_paused else ["POST /continue_generation"]
+        assert targets(first)[1:] == [*undone, "POST /flush_cache"]
+
+    tell(story)
+
+
+def test_a_pause_that_fails_at_one_replica_is_undone_at_the_others() -> None:
+    async def story(found: Routed) -> None:
+        first, second = found.replicas
+        for each in found.replicas:
+            each.answers["/is_paused"] = 200, {"is_paused": False}
+        second.answers["/pause_generation"] = 504, {"message": "requests still ran", "retryable": True}
+        assert (await found.http.post("/pause_generation", json={"mode": "keep"})).status_code == 504
+        assert targets(first) == ["POST /pause_generation", "POST /continue_generation"]
+        assert targets(second) == ["POST /pause_generation"]
+        first.answers["/is_paused"] = 200, {"is_paused": True}
+        assert (await found.http.post("/pause_generation", json={"mode": "keep"})).status_code == 504
+        assert targets(first)[2:] == ["POST /pause_generation"]
+
+    tell(story)
+
+
+def test_a_pause_of_somebody_else_outlives_one_that_is_given_up() -> None:
+    async def story(found: Routed) -> None:
+        for each in found.replicas:
+            each.answers["/is_paused"] = 200, {"is_paused": False}
+        found.replicas[1].held["/pause"] = asyncio.Event()
+        asking = asyncio.ensure_future(found.http.post("/pause"))
+        await found.until(lambda: all("POST /pause" in targets(each) for each in found.replicas))
+        assert (await found.http.post("/pause_generation", json={})).status_code == 200
+        asking.cancel()
+        await found.until(lambda: found.replicas[1].num_dropped == 1)
+        await found.http.post("/flush_cache")
+        assert targets(found.replicas[0]) == ["POST /pause", "POST /pause_generation", "POST /flush_cache"]
+
+    tell(story)
+
+
+@pytest.mark.parametrize("path", ["/continue_generation", "/release_memory_occupation", "/abort_request"])
+def test_what_is_no_pause_reaches_all_though_its_client_leaves(path: str) -> None:
+    async def story(found: Routed) -> None:
+        second = found.replicas[1]
+        second.held[path] = asyncio.Event()
+        await leave(found, path)
+        second.held[path].set()
+        await asyncio.sleep(0.05)
+        assert [each.num_dropped for each in found.replicas] == [0, 0]
+
+    tell(story)
+
+
+def test_a_server_under_two_names_is_one_replica() -> None:
+    """Asked once, by updates and by commands; and by its other name when the first is taken away."""
+
+    async def story(found: Routed) -> None:
+        one, router = found.replicas[0], found.router.replicas
+        await found.http.post("/workers", json={"url": f"http://localhost:{one.port}"})
+        await found.until(lambda: [each.is_another_name for each in router] == [False, True])
+        other = (await found.http.get("/workers/replica-1")).json()
+        assert other["is_healthy"] is False
+        assert f"is replica-0, {one.url}, under another name" in other["ailment"]
+        one.answers["/update_weights_from_disk"] = 200, {"success": True, "report": {"version": "v1"}}
+        body = {"model_path": "/x", "weight_version": "v1"}
+        assert (await found.http.post("/update_weights_from_disk", json=body)).status_code == 200
+        one.weight_version = "v1"
+        told = (await found.http.post("/flush_cache")).json()
+        assert len(told["results"]) == 1
+        assert targets(one) == ["POST /update_weights_from_disk", "POST /flush_cache"]
+        assert (await found.generate()).json()["version"] == "v1"
+        await found.http.delete("/workers/replica-0")
+        await found.until_healthy(1)
+        assert (await found.generate()).json()["version"] == "v1"
+
+    tell(story, num_replicas=1)
 
 
 def test_workers_are_added_listed_and_removed() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from headrace.cluster.options import RouterOptions
@@ -264,6 +266,32 @@ def test_a_first_part_that_cannot_be_read_ends_with_a_retryable_error() -> None:
     async def story() -> None:
         reply = await answered([ScriptedReplica(NONSENSE[1], ends=False), ScriptedReplica()], is_stream=True)
         assert events_of(reply.text)[-1]["error"]["retryable"] is True
+
+    asyncio.run(story())
+
+
+def int32(*values: int) -> str:
+    return base64.b64encode(np.array(values, "<i4").tobytes()).decode()
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_the_tokens_that_each_one_could_have_been_are_those_of_all(is_stream: bool) -> None:
+    """Base64 of int32 that follow each other, and where those of each token begin and end."""
+
+    def kept(ids: list[int], *offsets: int) -> dict[str, str]:
+        return {"top_p_token_ids": int32(*ids), "top_p_token_offsets": int32(*offsets)}
+
+    async def story() -> None:
+        cut = ScriptedReplica(event([5], 1, **kept([5, 8], 0, 2)), event([6], 2, **kept([6], 0, 1)), ends=False)
+        rest = ScriptedReplica(event([7], 1, **kept([1, 7, 9], 0, 3)), event([], 1, **kept([], 0), **END))
+        reply = await answered([cut, rest], is_stream=is_stream)
+        if not is_stream:
+            whole, meta = kept([5, 8, 6, 1, 7, 9], 0, 2, 3, 6), reply.json()["meta_info"]
+            assert {name: meta[name] for name in whole} == whole
+            return
+        told = [each["meta_info"] for each in events_of(reply.text)]
+        assert [each["top_p_token_ids"] for each in told] == [int32(5, 8), int32(6), int32(1, 7, 9), ""]
+        assert [each["top_p_token_offsets"] for each in told] == [int32(0, 2), int32(0, 1), int32(0, 3), int32(0)]
 
     asyncio.run(story())
 

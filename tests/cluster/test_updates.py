@@ -135,7 +135,7 @@ def test_a_new_process_at_an_old_address_is_not_taken_for_the_old_one() -> None:
         for each in found.replicas:
             takes(each, "v1")
         await found.http.post(DISK, json={"model_path": "/x"})
-        await found.until(lambda: all(each.instance == b"one" for each in found.router.replicas))
+        await found.until(lambda: all(each.instance for each in found.router.replicas))
         second.instance, second.weight_version = "two", "v0"  # unseen: it answered nothing in between
         replies = [(await found.generate(n=n)).json() for n in range(6)]
         assert {reply["version"] for reply in replies} == {"v1"}
@@ -242,6 +242,31 @@ def test_what_ends_an_update_or_names_it_is_a_fence(path: str) -> None:
             assert await ports_asked(found) == {first.port}
 
     tell(story, policy="round_robin")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_where_no_replica_has_current_weights_requests_are_refused_at_once(is_stream: bool) -> None:
+    """No time helps, but another update does: 503, which says when to come back."""
+
+    async def story(found: Routed) -> None:
+        for each in found.replicas:
+            takes(each, "v1")
+        await found.http.post(DISK, json={"model_path": "/x"})
+        for each in found.replicas:
+            each.instance, each.weight_version = each.instance[::-1], "v0"
+        await found.until(lambda: not any(each.is_current for each in found.router.replicas))
+        asking = asyncio.ensure_future(found.generate(stream=is_stream))
+        await asyncio.wait((asking,), timeout=60)  # it would wait for an hour
+        reply = asking.result()
+        assert (reply.status_code, reply.json()["err_type"]) == (503, "NeedsWeightsError")
+        assert reply.json()["retryable"] is True and reply.headers["retry-after"]
+        assert "push all of them again (replica-0: its weights are" in reply.json()["message"]
+        for each in found.replicas:
+            takes(each, "v2")
+        await found.http.post(DISK, json={"model_path": "/y"})
+        assert (await found.generate()).status_code == 200
+
+    tell(story, wait_timeout=3600)
 
 
 def test_a_request_that_waits_is_answered_by_the_new_weights_once_they_are_there() -> None:

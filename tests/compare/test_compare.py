@@ -18,6 +18,7 @@ import pytest
 from headrace import Engine, serve
 from headrace.cli.main import EXIT_REFUSED, main
 from headrace.compare.by_engine import score_by_engine
+from headrace.compare.by_server import _Refused
 from headrace.compare.gaps import by_place, gap_of, table_of
 from headrace.compare.scores import ScoredTrajectory
 from headrace.compare.trajectories import Trajectory, read_trajectories
@@ -122,7 +123,8 @@ def test_a_table_for_a_person(url: str, log: Path, capsys: pytest.CaptureFixture
 
 def test_a_server_of_ours(url: str, long_log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for found in compare(capsys, long_log, "--against", url, "--against", url, "--dialect", "sglang"):
-        assert found["refused"][0]["line"] == 1 and "HTTP 400" in found["refused"][0]["message"]
+        assert found["refused"][0]["line"] == 1
+        assert found["refused"][0]["message"].startswith("HTTP 400: input_ids has ")
         check({**found, "num_trajectories": 6}, num_refused=1)
     assert main(["compare", str(long_log), "--against", url, "--limit", "1"]) == EXIT_REFUSED
     assert "scored no trajectory; line 1" in capsys.readouterr().err
@@ -139,6 +141,24 @@ def test_a_key(engine: Engine, log: Path, tmp_path: Path, capsys: pytest.Capture
         assert "refuses the key" in capsys.readouterr().err
     finally:
         handle.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"object": "error", "message": "over the context", "code": 400}', "over the context"),
+        ('{"error": {"message": "no\\n such  model", "code": 404}}', "no such model"),
+        ('{"error": "busy"}', "busy"),
+        ('{"detail": "Not Found"}', "Not Found"),
+        ('{"detail": [{"loc": ["body"], "msg": "field required"}]}', "field required"),
+        ('{"what": 3}', '{"what": 3}'),
+        ("[[[[[[[]]]]]]]", "[[[[[[[]]]]]]]"),
+        ("<html>gone</html>", "<html>gone</html>"),
+        ("", ""),
+    ],
+)
+def test_of_a_refusal_its_words_are_told(text: str, said: str) -> None:
+    assert str(_Refused(404, text)) == f"HTTP 404: {said}"
 
 
 @pytest.mark.parametrize("style", ["echo", "prompt_logprobs"])

@@ -9,11 +9,11 @@ import numpy as np
 from headrace.core.outbox import joined
 from headrace.engine.sample import Sample
 from headrace.types.messages import Deltas, GetStatus, Reply, Submit
-from headrace.types.request import Delta, Finish, TokenExtras, pack_ids
+from headrace.types.request import Delta, Finish, RoutedPart, TokenExtras, pack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.core.harness import Core, request
 
-OPTIONS = LogprobOptions(prompt_start=0, num_top=2, token_ids=(7, 8, 9))
+OPTIONS = LogprobOptions(prompt_start=0, num_top=2, token_ids=(7, 8, 9), max_kept=99, routed_start=0)
 
 
 def floats(source: random.Random, count: int) -> bytes:
@@ -21,10 +21,13 @@ def floats(source: random.Random, count: int) -> bytes:
 
 
 def extras(source: random.Random, count: int) -> TokenExtras:
+    counts = [source.randrange(4) for _ in range(count)]
     return TokenExtras(
         pack_ids([source.randrange(99) * 2 + i % 2 for i in range(2 * count)]),
         floats(source, 2 * count),
         floats(source, 3 * count),
+        pack_ids(counts),
+        pack_ids([source.randrange(99) for _ in range(sum(counts))]),
     )
 
 
@@ -47,6 +50,7 @@ def life(source: random.Random, handle: int) -> list[Delta]:
                 prompt_extras=extras(source, 5) if has_scores else TokenExtras(),
                 span_epochs=(source.randrange(2),) if count else (),
                 prompt_spans=(("a", 2), ("b", 3)) if has_scores else (),
+                routed=RoutedPart(3, 2, source.randbytes(12 * count)) if count else RoutedPart(),
                 times=(1.0, 0.0) if has_scores else (),
             )
         )
@@ -73,6 +77,7 @@ def test_joined_deltas_say_what_they_said_apart() -> None:
             assert delta.finish == parts[-1].finish
             assert whole.fields_from(0) == apart.fields_from(0)
             assert whole.prompt_fields() == apart.prompt_fields()
+            assert whole.routed_experts() == apart.routed_experts()
             assert whole.times == apart.times == (1.0, 2.0)
 
 

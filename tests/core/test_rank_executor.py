@@ -142,7 +142,8 @@ class Driver:
             prompt = [chance.randrange(1, 100) for _ in range(chance.choice((1, 4, 23)))]
             bias = ((7, 2.0),) if chance.random() < 0.2 else ()
             sampling = TokenSampling(chance.choice((0.0, 1.0)), chance.choice((0, 5)), 0.9, logit_bias=bias)
-            options = LogprobOptions(prompt_start=chance.choice((None, 0)), num_top=chance.choice((0, 2)))
+            top, kept = chance.choice((0, 2)), chance.choice((0, 99))
+            options = LogprobOptions(prompt_start=chance.choice((None, 0)), num_top=top, max_kept=kept)
             self.core.submit(
                 request(self.num_requests, prompt, chance.randint(1, 9), sampling=sampling, logprobs=options)
             )

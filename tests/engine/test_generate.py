@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from headrace import AsyncEngine, DeadlineError, Engine, Generation, RequestError, SamplingParams, ShutdownError
-from headrace.engine import GenerateItem, GenerateOptions, fields, pacing
+from headrace.engine import GenerateItem, GenerateOptions, bounds, fields, pacing
 from headrace.engine.seeds import sample_seed
 from headrace.text.encoding import INLINE_CHARACTERS
 from headrace.types.sampling_params import LogprobMode
@@ -88,6 +88,37 @@ def test_generated_tokens_with_top_and_asked_logprobs(engine: Engine) -> None:
             assert abs(found.logprobs[position] - row[token]) < 1e-4
             assert list(found.top_logprobs[position]) == np.argsort(-row)[:2].tolist()
             assert abs(found.token_ids_logprobs[position][3] - row[3]) < 1e-4
+
+
+def test_the_tokens_that_each_one_could_have_been(engine: Engine) -> None:
+    """The least that hold top_p of the mass; with mode "sampled" log-probabilities are over these; streamed, too."""
+    params = SamplingParams(max_new_tokens=6, seed=4, temperature=0.7, top_p=0.6, ignore_eos=True)
+    asked: GenerateOptions = {"return_kept_token_ids": True, "logprob_mode": "sampled"}
+    found = one(engine.generate(input_ids=PROMPT, sampling_params=params, **asked))
+    expected = np.exp(reference_logprobs(model_of(0), PROMPT + found.token_ids, 0.7)[len(PROMPT) - 1 : -1])
+    assert len(found.kept_token_ids) == 6
+    for row, token, logprob, kept in zip(expected, found.token_ids, found.logprobs, found.kept_token_ids, strict=True):
+        least = np.sort(row[kept])[0]
+        assert token in kept and kept == np.flatnonzero(row >= least).tolist()
+        assert row[kept].sum() >= 0.6 > row[row > least].sum()
+        assert logprob == pytest.approx(np.log(row[token] / row[kept].sum()), abs=1e-4)
+    pieces = list(engine.stream(input_ids=PROMPT, sampling_params=params, **asked))
+    assert len(pieces) > 1 and sum((piece.kept_token_ids for piece in pieces), []) == found.kept_token_ids
+    greedy = one(engine.generate(input_ids=PROMPT, sampling_params=GREEDY, return_kept_token_ids=True))
+    assert greedy.kept_token_ids == [[token] for token in greedy.token_ids]
+
+
+def test_tokens_that_could_have_been_are_bounded_for_all_samples_of_a_call(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_new_tokens=8, top_k=3, seed=1, n=2, ignore_eos=True)
+    monkeypatch.setattr(bounds, "MAX_CALL_KEPT_IDS", 2 * 8 * 3)
+    found = engine.generate(input_ids=PROMPT, sampling_params=params, return_kept_token_ids=True)
+    assert [list(map(len, each.kept_token_ids)) for each in found] == [[3] * 8] * 2
+    monkeypatch.setattr(bounds, "MAX_CALL_KEPT_IDS", 2 * 8 * 3 - 1)
+    with pytest.raises(RequestError, match="more than 23") as caught:
+        engine.generate(input_ids=PROMPT, sampling_params=params, return_kept_token_ids=True)
+    assert caught.value.field == "sampling_params.top_p"
 
 
 def test_a_seed_gives_one_sample_wherever_it_stands(engine: Engine, start: Callable[..., Engine]) -> None:

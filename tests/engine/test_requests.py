@@ -164,6 +164,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1], "logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids"),
     ({"input_ids": [1], "logprob_token_ids": ["a"]}, "logprob_token_ids"),
     ({"input_ids": [1], "logprob_token_ids": 7}, "logprob_token_ids"),
+    ({"input_ids": [1], "return_kept_token_ids": 1}, "return_kept_token_ids"),
+    ({"input_ids": [1], "return_kept_token_ids": True}, "return_kept_token_ids"),
     ({"input_ids": [1], "logprob_token_ids": [1] * 5000}, "logprob_token_ids"),
     ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
     ({"input_ids": {1, 2}}, "input_ids"),

@@ -55,10 +55,16 @@ def test_prompt_spans_come_with_the_prompts_scores_or_alone() -> None:
 
 
 def test_truncation_cuts_everything_alike() -> None:
-    sample = Sample(request(num_top=1))
-    sample.append(delta([5, 6], extras=TokenExtras(pack_ids([0, 1]), pack_floats([-1.0, -1.0]))))
-    sample.append(delta([7, 8], "b", extras=TokenExtras(pack_ids([2, 3]), pack_floats([-1.0, -1.0]))))
+    sample = Sample(request(num_top=1, max_kept=9))
+    ones = pack_floats([-1.0, -1.0])
+    first, second = ([2, 0], [5, 9]), ([3, 1], [6, 7, 8, 4])  # how many each token could have been, and which
+    sample.append(delta([5, 6], extras=TokenExtras(pack_ids([0, 1]), ones, b"", *map(pack_ids, first))))
+    sample.append(delta([7, 8], "b", extras=TokenExtras(pack_ids([2, 3]), ones, b"", *map(pack_ids, second))))
+    whole = [[5, 9], [], [6, 7, 8], [4]]
+    assert [sample.fields_from(cut)["kept_token_ids"] for cut in range(5)] == [whole[cut:] for cut in range(5)]
+    assert sample.num_extra_values == 4 + 6
     sample.truncate(3)
+    assert sample.fields_from(1)["kept_token_ids"] == whole[1:3]
     fields = sample.fields_from(0)
     assert fields["token_ids"] == [5, 6, 7] and fields["logprobs"] == [-5.0, -6.0, -7.0]
     assert fields["version_spans"] == [("a", 2), ("b", 1)]

@@ -177,6 +177,12 @@ def test_every_processor_and_every_extra(device: Engine, plain: Engine) -> None:
         "logprob_token_ids": [0, 50],
         "logprob_mode": "sampled",
     }
+    kept = (
+        each.generate(input_ids=prompts[:2], sampling_params=params[:2], return_kept_token_ids=True)
+        for each in (device, plain)
+    )
+    of_device, of_cpu = ([piece.kept_token_ids for piece in pieces] for pieces in kept)
+    assert of_device == of_cpu and len(of_cpu[0]) == 2
     found, expected = (each.generate(input_ids=prompts, sampling_params=params, **options) for each in (device, plain))
     check_equal(found, expected)
     assert found[-1].finish_reason == "stop" and found[-1].token_ids[0] >= 80 > found[-1].token_ids[-1]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from headrace.engine import Engine
@@ -19,7 +20,7 @@ from headrace.rl.verl_plugin.translation import (
     step_of,
 )
 from headrace.types.errors import ConfigError, RequestError
-from headrace.types.generation import Generation
+from headrace.types.generation import Generation, RoutedExperts
 
 ROLLOUT: dict[str, Any] = {
     **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "data_parallel_size": 1},
@@ -44,6 +45,7 @@ def test_a_rollout_config_is_settings() -> None:
         **{"skip_tokenizer_init": True, "context_length": None, "max_running_requests": 256, "page_size": 8},
         **{"max_num_batched_tokens": 8192, "memory_fraction": 0.5, "memory_saver": True, "prefix_cache": True},
         **{"cuda_graphs": True, "numerics": "fast", "logprob_mode": "sampled"},
+        "keep_routed_experts": False,
     }
     assert found.server == {"host": "127.0.0.4", "api_key": "k" * 16}
     assert [launch(replica_rank=rank).engine["seed"] for rank in (0, 1)] == [42, 43]
@@ -71,7 +73,6 @@ def test_where_weights_come_from(mode: str, load_format: str, expected: tuple[bo
     [
         ("data_parallel_size", 2),
         ("quantization", "fp8"),
-        ("enable_rollout_routing_replay", True),
         ("logprobs_mode", "x"),
     ],
 )
@@ -113,6 +114,7 @@ def test_a_generation_is_a_token_output() -> None:
     assert asked.options["request_id"] == "r"
     assert output_of(generation(), asked, [1, 2], "4") == {
         **{"token_ids": [5, 6, 7], "log_probs": [-1.0, -2.0, -3.0], "stop_reason": "completed", "num_preempted": 1},
+        "routed_experts": None,
         "extra_fields": {"global_steps": 4, "min_global_steps": 3, "max_global_steps": 4, "num_cached_tokens": 2},
     }
     partial = output_of(generation(finish_reason="abort"), asked_of("r", 2, {}, launch()), [1, 2], "4")
@@ -120,6 +122,19 @@ def test_a_generation_is_a_token_output() -> None:
     empty = output_of(generation(finish_reason="abort", token_ids=[], version_spans=[]), asked, [1, 2], "9")
     assert empty["extra_fields"]["global_steps"] == 9 == aborted_output("9")["extra_fields"]["global_steps"]
     assert [step_of(label) for label in ("0", "17", "", "default", "-1", "²")] == [0, 17, None, None, None, None]
+
+
+def test_routing_replay_is_asked_for_and_told() -> None:
+    """int32 [tokens, layers, experts per token], which verl lays beside the ids of prompt and response."""
+    replayed = launch(enable_rollout_routing_replay=True)
+    assert replayed.engine["keep_routed_experts"] is True
+    asked = asked_of("r", 2, {}, replayed)
+    assert asked.options["return_routed_experts"] is True
+    assert "return_routed_experts" not in asked_of("r", 2, {}, launch()).options
+    numbers = np.arange(2 * 3 * 2, dtype="<i2")
+    found = output_of(generation(routed_experts=RoutedExperts(0, 3, 2, numbers.tobytes())), asked, [1, 2], "4")
+    assert found["routed_experts"].dtype == np.int32
+    assert found["routed_experts"].tolist() == numbers.reshape(2, 3, 2).tolist()
 
 
 def test_a_prompt_is_scored_as_a_teacher_of_verl_scores_it(tmp_path: Any) -> None:

@@ -150,6 +150,7 @@ def test_what_is_wrong_is_named(worker: HeadraceRolloutWorker, proto: Any) -> No
         ("rollout", {"rollout": None}),
         ("rollout.response_length", {"rollout": {"prompt_length": 8}}),
         ("quantization", {"rollout": {**ROLLOUT, "quantization": "fp8"}}),
+        ("enable_rollout_routing_replay", {"rollout": {**ROLLOUT, "enable_rollout_routing_replay": True}}),
     ],
 )
 def test_a_config_that_asks_for_what_is_not_there_is_refused(field: str, change: dict[str, Any]) -> None:

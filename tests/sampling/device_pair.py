@@ -30,6 +30,9 @@ def assert_same_extras(found: PositionLogprobs | None, expected: PositionLogprob
     assert found.top_ids.dtype == expected.top_ids.dtype
     assert_close(found.top_logprobs, expected.top_logprobs)
     assert_close(found.asked_logprobs, expected.asked_logprobs)
+    np.testing.assert_array_equal(found.kept_ids, expected.kept_ids)
+    np.testing.assert_array_equal(found.kept_counts, expected.kept_counts)
+    assert found.kept_ids.dtype == expected.kept_ids.dtype == np.int32
 
 
 class Pair:
@@ -107,6 +110,7 @@ def make_init(
     asked: tuple[int, ...] = (),
     stop_ids: tuple[int, ...] = (),
     min_length: int = 0,
+    max_kept: int = 0,
 ) -> SlotInit:
     return SlotInit(
         slot=slot,
@@ -114,7 +118,7 @@ def make_init(
         num_prompt_tokens=len(prompt),
         token_ids=np.array(prompt + output, np.int32),
         sampling=sampling or TokenSampling(),
-        logprobs=LogprobOptions(mode, prompt_mode, None, num_top, asked),
+        logprobs=LogprobOptions(mode, prompt_mode, None, num_top, asked, max_kept),
         stop_token_ids=stop_ids,
         min_length=min_length,
     )

@@ -89,6 +89,30 @@ def test_extras_alone_change_nothing_about_sampling() -> None:
     pair.step(normal(1, 10), [0], [5])
 
 
+def test_the_tokens_that_could_have_been_drawn() -> None:
+    """Of rows that are truncated, processed, greedy or none of it; of equal ones at the threshold; behind a mask."""
+    samplings = [
+        TokenSampling(0.7, top_p=0.8), TokenSampling(1.5, top_k=33), TokenSampling(0.9, min_p=0.02), TokenSampling(0.0),
+        TokenSampling(1.2, 50, 0.9, repetition_penalty=1.3, logit_bias=((8, 30.0), (4199, 29.0))), TokenSampling(),
+        TokenSampling(0.0, top_k=5, presence_penalty=0.5),
+    ]  # fmt: skip
+    pair = Pair(VOCAB, 8)
+    pair.enter(
+        *(
+            make_init(slot, each, mode=MODES[slot % 3], num_top=slot % 2, max_kept=9, stop_ids=(5, 6), min_length=9)
+            for slot, each in enumerate(samplings)
+        ),
+        make_init(7, TokenSampling(1.1, top_k=4)),
+    )
+    logits = np.round(normal(8, 12))
+    logits[5, 31:VOCAB] = -np.inf
+    pair.step(logits, [3, 1, 0, 6, 2, 5, 4, 7], [8] * 8)
+    pair.step(normal(8, 13), list(range(8)), [9] * 8)
+    patch = allow([0, 2], [np.arange(0, VOCAB, 7), np.arange(2, VOCAB, 31)], VOCAB)
+    pair.step(normal(8, 14), list(range(8)), [10] * 8, patch=patch)
+    pair.step(normal(1, 15), [3], [11])
+
+
 def test_more_top_ids_than_tokens_and_rows_with_few_left() -> None:
     pair = Pair(97, 3)
     pair.enter(
@@ -108,7 +132,15 @@ def test_processed_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pyt
     samplings = [TokenSampling(0.9, repetition_penalty=1.5), TokenSampling(logit_bias=((8, 9.0),)), TokenSampling(0.4)]
     pair.enter(
         *(
-            make_init(slot, samplings[slot % 3], mode=MODES[slot % 2], prompt_mode="sampled", num_top=slot, asked=(8,))
+            make_init(
+                slot,
+                samplings[slot % 3],
+                mode=MODES[slot % 2],
+                prompt_mode="sampled",
+                num_top=slot,
+                asked=(8,),
+                max_kept=9,
+            )
             for slot in range(7)
         )
     )
@@ -175,7 +207,7 @@ def test_random_mixes_over_steps_with_reentry() -> None:
             output=tokens[num_prompt:], mode=MODES[generator.integers(3)], num_top=int(one_of(0, 0, 3, 12)),
             asked=tuple(generator.integers(0, vocab_size, int(one_of(0, 0, 2))).tolist()),
             stop_ids=tuple(generator.integers(0, vocab_size, int(one_of(0, 2, 30))).tolist()),
-            min_length=length + int(one_of(0, 0, 3)),
+            min_length=length + int(one_of(0, 0, 3)), max_kept=int(one_of(0, 0, 9)),
         )  # fmt: skip
 
     lengths = dict.fromkeys(range(num_slots), 0)
@@ -194,7 +226,7 @@ def test_random_mixes_over_steps_with_reentry() -> None:
 def test_warming_changes_no_state() -> None:
     pair = Pair(VOCAB, 2)
     pair.device.warm()
-    pair.enter(make_init(0, TokenSampling(0.0, frequency_penalty=2.0), num_top=5), make_init(1))
+    pair.enter(make_init(0, TokenSampling(0.0, frequency_penalty=2.0), num_top=5), make_init(1, max_kept=9))
     pair.device.warm()
     for position in range(4, 6):
         pair.step(normal(2, 3), [0, 1], [position] * 2)

@@ -33,6 +33,7 @@ def make_init(
     asked: tuple[int, ...] = (),
     stop_token_ids: tuple[int, ...] = (),
     min_length: int = 0,
+    max_kept: int = 0,
 ) -> SlotInit:
     return SlotInit(
         slot=slot,
@@ -40,7 +41,7 @@ def make_init(
         num_prompt_tokens=len(prompt),
         token_ids=np.array(prompt + output, np.int32),
         sampling=sampling or TokenSampling(),
-        logprobs=LogprobOptions(mode, prompt_mode, None, num_top, asked),
+        logprobs=LogprobOptions(mode, prompt_mode, None, num_top, asked, max_kept),
         stop_token_ids=stop_token_ids,
         min_length=min_length,
     )
@@ -134,6 +135,7 @@ def test_every_processor_matches_float64_over_the_grid(mode: LogprobMode) -> Non
             output=(3, 8, 8, 9),
             mode=mode,
             num_top=vocab_size,
+            max_kept=vocab_size,
             sampling=TokenSampling(
                 temperature,
                 top_k,
@@ -159,6 +161,9 @@ def test_every_processor_matches_float64_over_the_grid(mode: LogprobMode) -> Non
         found = np.full(vocab_size, np.nan)
         found[sampled.extras[slot].top_ids[0]] = sampled.extras[slot].top_logprobs[0]
         assert np.array_equal(np.isinf(found), np.isinf(expected)), init.sampling
+        could_be = np.flatnonzero(~np.isinf(reference.drawn_from(row, init, 8)))
+        assert sampled.extras[slot].kept_ids.tolist() == could_be.tolist(), init.sampling
+        assert sampled.extras[slot].kept_counts.tolist() == [len(could_be)]
         alive = ~np.isinf(expected)
         assert np.allclose(found[alive], expected[alive], rtol=0, atol=3e-5), init.sampling
         token = int(sampled.token_ids[slot])
@@ -208,9 +213,11 @@ def test_extras_are_sorted_with_the_lowest_id_first_among_equals() -> None:
 
 
 def test_extras_come_only_for_rows_that_asked_and_at_most_the_vocabulary() -> None:
-    inits = [make_init(0), make_init(1, num_top=1000), make_init(2, asked=(4,))]
-    sampled = draw(make_sampler(*inits, vocab_size=30), random_logits(3, 30), [0, 1, 2], [4, 4, 4])
-    assert sorted(sampled.extras) == [1, 2]
+    keeping = make_init(3, max_kept=1, sampling=TokenSampling(top_k=7))  # how many is not the sampler's concern
+    inits = [make_init(0), make_init(1, num_top=1000), make_init(2, asked=(4,)), keeping]
+    sampled = draw(make_sampler(*inits, vocab_size=30), random_logits(4, 30), [0, 1, 2, 3], [4, 4, 4, 4])
+    assert sorted(sampled.extras) == [1, 2, 3] and sampled.extras[3].kept_counts.tolist() == [7]
+    assert all(len(sampled.extras[row].kept_counts) == 0 for row in (1, 2))
     assert sampled.extras[1].top_ids.shape == (1, 30) and sampled.extras[1].asked_logprobs.shape == (1, 0)
     assert sampled.extras[2].top_ids.shape == (1, 0) and sampled.extras[2].asked_logprobs.shape == (1, 1)
 

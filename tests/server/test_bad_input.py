@@ -65,7 +65,10 @@ SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"beam_width": 4}, "beam_width"),
     ({"json_schema": "{}"}, "json_schema"),
     ({"regex": "a+"}, "regex"),
-    ({"custom_params": {"return_top_p_token_ids": True}}, "custom_params"),
+    ({"custom_params": [True]}, "custom_params"),
+    ({"custom_params": {"return_top_p_token_ids": 1}}, "custom_params.return_top_p_token_ids"),
+    ({"custom_params": {"return_top_p_token_ids": True, "seen": 1}, "top_p": 0.9}, "custom_params.seen"),
+    ({"custom_params": {"return_top_p_token_ids": True}}, "custom_params.return_top_p_token_ids"),
 ]
 BODIES: list[tuple[dict[str, Any], str]] = [
     ({}, "input_ids"),

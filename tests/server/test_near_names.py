@@ -29,6 +29,15 @@ PYTHON: dict[str, tuple[Callable[[Any], Any], str]] = {
     "option": (lambda door: door.score(input_ids=IDS, top_logprob=2), "top_logprobs is"),
     "theirs": (lambda door: door.score(input_ids=IDS, token_ids_logprob=[1]), "logprob_token_ids is"),
     "theirs too": (lambda door: door.score(input_ids=IDS, top_logprobs_num=1), "top_logprobs is"),
+    "unasked": (
+        lambda door: door.generate(input_ids=IDS, return_logprob=True),
+        "every sample has the logprobs of its tokens, unasked",
+    ),
+    "unasked too": (
+        lambda door: list(door.stream(input_ids=IDS, logprobs=1)),
+        "every sample has the logprobs of its tokens, unasked",
+    ),
+    "an argument": (lambda door: door.generate(input_ids=IDS, prompt_token_ids=[IDS]), "input_ids is"),
     "stream": (lambda door: list(door.stream(input_ids=IDS, return_error=True)), "return_errors is"),
     "chat": (lambda door: door.chat([{"role": "user", "content": "a"}], {"max_tokens": 2}), "max_new_tokens is"),
 }
@@ -41,6 +50,29 @@ def test_engines_and_clients(case: str, served: Served, client: Client) -> None:
         with pytest.raises(HeadraceError) as caught:
             call(door)
         assert caught.value.message.endswith(f"; {meant}")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: SamplingParams(allowed_token_ids=[4]),  # type: ignore[call-arg]
+        lambda: SamplingParams.from_dict({"length_penalty": 1.5}),
+        lambda: Engine("m", dp_size=2),
+        lambda: Engine("m", sampling_backend="flashinfer"),
+    ],
+)
+def test_what_there_is_not_is_not_taken_for_what_is_spelled_like_it(call: Callable[[], Any]) -> None:
+    with pytest.raises(HeadraceError) as caught:
+        call()
+    assert "is not" in caught.value.message and caught.value.message.partition(";")[2] == ""
+
+
+@pytest.mark.parametrize("name", ["return_entropy", "lora_request", "return_prompt_token_ids"])
+def test_nor_is_an_option(name: str, served: Served) -> None:
+    unknown: dict[str, Any] = {name: True}
+    with pytest.raises(HeadraceError) as caught:
+        served.engine.generate(input_ids=IDS, **unknown)
+    assert caught.value.message == f"{name} is not an argument of a request"
 
 
 SETTINGS: dict[str, Callable[[], Any]] = {

@@ -71,7 +71,13 @@ def random_slot(chance: random.Random) -> SlotInit:
             logit_bias=tuple((token, chance.uniform(-1e4, 1e4)) for token in some()),
         ),
         logprobs=LogprobOptions(
-            chance.choice(MODES), chance.choice(MODES), chance.choice((None, 0, number())), number(), tuple(some())
+            chance.choice(MODES),
+            chance.choice(MODES),
+            chance.choice((None, 0, number())),
+            number(),
+            tuple(some()),
+            number(),
+            chance.choice((None, 0, number())),
         ),
         stop_token_ids=tuple(some()),
         min_length=number(),

@@ -99,6 +99,10 @@ def test_a_misshapen_tensor_is_named(shape: tuple[int, ...]) -> None:
         ),
         (lambda m: [*m, m[3]], "model.layers.0.self_attn.v_proj.weight is named twice"),
         (lambda m: [*m[:5], *m[6:]], "model.layers.0.self_attn.k_proj.bias is missing"),
+        (
+            lambda m: [each for each in m if each.name != "lm_head.weight"],
+            r"lm_head.weight is missing \(this model has a head of its own; .* keep_tied_head=True\)",
+        ),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "int8"), *m[1:]], "model.embed_tokens.weight has dtype 'int8'"),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "torch.float32"), *m[1:]], "has dtype 'torch.float32'"),
         (lambda m: [TensorInfo(m[0].name, m[0].shape, "float32", "AB"), *m[1:]], "digest that is not 64 or 32"),

@@ -26,7 +26,6 @@ _NOT_TAKEN = {
     "expert_parallel_size": (1,),
     "quantization": (None,),
     "quantization_config_file": (None,),
-    "enable_rollout_routing_replay": (False,),
 }
 """Fields of a rollout config that mean something here only at these values. (Replicas are verl's data parallelism.)"""
 
@@ -81,6 +80,7 @@ def launch_of(rollout: Any, model_path: str, mode: str, replica_rank: int) -> La
         "cuda_graphs": not rollout.enforce_eager,
         "numerics": "invariant" if rollout.full_determinism else "fast",
         "logprob_mode": _LOGPROB_MODES[rollout.logprobs_mode],
+        "keep_routed_experts": bool(rollout.enable_rollout_routing_replay),
         "seed": rollout.seed + replica_rank,  # replicas that get equal prompts are not to answer alike
     }
     server = {name: value for name, value in given.items() if name not in EngineConfig.__struct_fields__}
@@ -138,6 +138,8 @@ def asked_of(request_id: str, num_prompt_tokens: int, params: Mapping[str, Any],
         num_top = as_integer(num_top, "prompt_logprobs")
         options["return_prompt_logprobs"] = True
         options["top_logprobs"] = num_top
+    if launch.engine.get("keep_routed_experts"):
+        options["return_routed_experts"] = True
     return AskedSample(sampling, options, wants_logprobs, num_top)
 
 
@@ -156,6 +158,7 @@ def output_of(generation: Generation, asked: AskedSample, prompt_ids: Sequence[i
     return {
         "token_ids": generation.token_ids,
         "log_probs": generation.logprobs if asked.wants_logprobs else None,
+        "routed_experts": None if generation.routed_experts is None else generation.routed_experts.array(),
         "stop_reason": _STOP_REASONS[generation.finish_reason or "abort"],
         "num_preempted": generation.num_preemptions,
         "extra_fields": extra,
