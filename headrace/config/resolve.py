@@ -327,7 +327,7 @@ def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Cho
     if config.overlap_depth is None and config.pp_size > 1:
         depth = max(sizes["overlap_depth"].value, config.pp_size - 1)
         sizes["overlap_depth"] = Chosen(depth, "each stage executes another step")
-    given, seed = _given(config, "max_num_batched_tokens"), _given(config, "seed")
+    given = _given(config, "max_num_batched_tokens")
     tokens = given or _step_tokens(device, model, sizes["max_running_requests"].value)
     is_large = device == "cuda" and given is None and config.pp_size == 1 and tokens.value < PREFILL_TOKENS
     alone = Chosen(PREFILL_TOKENS, "large products are the most efficient, and few rows wait") if is_large else tokens
@@ -335,7 +335,7 @@ def _sizes(config: EngineConfig, device: str, model: ModelSpec) -> dict[str, Cho
         **sizes,
         "max_num_batched_tokens": tokens,
         "prefill_step_tokens": _given(config, "prefill_step_tokens") or alone,
-        "seed": seed or Chosen(_draw_seed(), "drawn from the system for this start alone"),
+        "seed": _given(config, "seed") or Chosen(_draw_seed(), "drawn from the system for this start alone"),
     }
 
 
@@ -347,8 +347,7 @@ def _given(config: EngineConfig, name: str) -> Chosen[int] | None:
 def _step_tokens(device: str, model: ModelSpec, max_rows: int) -> Chosen[int]:
     if device == "cpu" or model.hidden_size < WIDE_HIDDEN_SIZE:
         return Chosen(STEP_TOKENS, "long enough for the products to be efficient")
-    why = f"a chunk of {WIDE_PROMPT_TOKENS} beside all rows: products this wide are efficient at a few hundred tokens"
-    return Chosen(max_rows + WIDE_PROMPT_TOKENS, why)
+    return Chosen(max_rows + WIDE_PROMPT_TOKENS, "products this wide are efficient at a few hundred tokens")
 
 
 def _draw_seed() -> int:
