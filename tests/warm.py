@@ -41,6 +41,7 @@ MODULES = (
     "tests.core.quick_rank",
     "tests.engine.group_trainer",
     "tests.faults.trainer",
+    "tests.parallel.pool",
     "tests.server.bucket_client",
     "tests.server.vllm_client",
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.parallel.pool import RankPool
+from tests.warm import warm_starts
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[RankPool]:
-    found = RankPool(max_ranks=4)
+def pool(template: Any) -> Iterator[RankPool]:
+    with warm_starts(template):
+        found = RankPool(max_ranks=4)
     yield found
     found.close()

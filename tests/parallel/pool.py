@@ -19,6 +19,7 @@ import torch.distributed
 
 from headrace.parallel import Mesh
 from headrace.parallel.joining import LinkLimits, join_mesh
+from tests.quick_interpreter import quicken
 
 dist: Any = torch.distributed  # whose types lack most of it
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,7 @@ def run(store: Any, job: Job) -> Any:
     """This rank's part of a job."""
     from tests.parallel import stories
 
+    quicken()
     mesh = mesh_of(store, job) if job.num_ranks > 1 else Mesh.single()
     answer = getattr(stories, job.story)(mesh, **job.arguments)
     mesh.of_all.all_reduce_(torch.zeros(1))  # with a rank goes what it has sent and nobody has taken
