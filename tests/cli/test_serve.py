@@ -32,6 +32,11 @@ OPEN_PATHS = ("/health", "/health_generate", "/ready")
 LONG = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}, "stream": True}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(warm_processes: None) -> None:
+    """Where a start is what is tested, it is cold."""
+
+
 def serve(folder: Path, *words: str) -> subprocess.Popen[str]:
     small = ["--num-threads", "1", "--kv-pool-tokens", "4096", "--port", "0", *words]
     return subprocess.Popen(
@@ -53,7 +58,7 @@ def read_event(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def process() -> Iterator[subprocess.Popen[str]]:
+def process(cold_processes: None) -> Iterator[subprocess.Popen[str]]:
     with serve(POLICY, "--log-json", "--log-level", "debug", "--api-key", "secret") as started:
         yield started
         started.kill()
@@ -97,6 +102,7 @@ def test_a_server_that_loads_answers_503_and_then_serves(process: subprocess.Pop
     assert "did not finish" not in rest and "Traceback" not in rest
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_a_start_that_fails_ends_with_one_line(tmp_path: Path) -> None:
     shutil.copytree(POLICY, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model.safetensors"
@@ -166,6 +172,7 @@ def test_a_core_that_is_killed_comes_back_until_the_budget_is_spent() -> None:
     assert last.startswith("headrace serve: ") and "signal 9" in last and "max_core_restarts 1" in last
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_a_restarted_server_with_an_update_needs_weights_and_a_signal_ends_it_even_while_it_starts() -> None:
     with serve(POLICY, "--log-json", "--skip-tokenizer-init") as process:
         url = read_event(process, "serving")["url"]
@@ -191,6 +198,7 @@ def test_a_restarted_server_with_an_update_needs_weights_and_a_signal_ends_it_ev
         assert process.wait(60) == 0
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_a_core_killed_in_the_first_start_ends_the_server() -> None:
     with serve(POLICY) as process:
         os.kill(core_of(process), signal.SIGKILL)
