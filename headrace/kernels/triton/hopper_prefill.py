@@ -24,11 +24,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.dependent_launch import launch_options
+from headrace.kernels.triton.hopper_fetch import HALF, fetch_tiles, load_pair, num_turns
 from headrace.kernels.triton.work_items import ITEM_SIZE, PREFILL, WorkLimits
 
 HEAD_DIMS = (64, 128)
@@ -40,9 +41,7 @@ _LOG2_E = 1.4426950408889634
 
 _ITEM_SIZE = gl.constexpr(ITEM_SIZE)
 _HEADER = gl.constexpr(2 * PREFILL)
-_HALF = gl.constexpr(64)  # columns of a 128-byte row
 _ROWS = gl.constexpr(64)  # query rows of a group of warps
-_fetch_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @builtin
@@ -50,119 +49,6 @@ def _seen_as(memory, shape, _semantic=None):
     """The same bytes as tiles of another shape."""
     sizes = [getattr(size, "value", size) for size in shape]
     return _semantic.memdesc_reinterpret(memory, memory.dtype, sizes, memory.layout)
-
-
-@gluon.jit
-def _num_turns(total):
-    """How many of all pairs are this program's."""
-    programs = gl.num_programs(0)
-    rounds = total // programs
-    return rounds + (_place(rounds) < total).to(gl.int32)
-
-
-@gluon.jit
-def _place(turn):
-    """The pair of a program's turn: programs go there and back, for the longest pairs come first."""
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    if turn % 2 == 1:
-        place = programs - 1 - place
-    return turn * programs + place
-
-
-@gluon.jit
-def _find_pair(items, turn, turns, NUM_KV: gl.constexpr):
-    """The item and the KV head of a turn; of the last one again where there are no more."""
-    index = _place(gl.minimum(turn, turns - 1))
-    return items + index // NUM_KV * _ITEM_SIZE, index % NUM_KV
-
-
-@gluon.jit
-def _load_pair(items, turn, turns, NUM_KV: gl.constexpr):
-    """Its rows (first token, number of tokens, KV head), range (first, end, position of the first token), and part."""
-    item, head = _find_pair(items, turn, turns, NUM_KV)
-    rows = (gl.load(item), gl.load(item + 1), head)
-    return rows, (gl.load(item + 3), gl.load(item + 4), gl.load(item + 6)), gl.load(item + 5)
-
-
-@gluon.jit
-def _page_numbers(table, first, end, PAGE: gl.constexpr, PAGES: gl.constexpr):
-    """Pages of the positions from `first` on; page 0, which is finite, behind the end."""
-    pages = ()
-    for place in gl.static_range(PAGES):
-        position = first + place * PAGE
-        page = gl.load(table + position // PAGE, mask=position < end, other=0)
-        pages = pages + (page,)
-    return pages
-
-
-@gluon.jit
-def _ask_for_queries(queries, rows, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, GQA: gl.constexpr):
-    """Have a pair's query rows brought to the cache; nothing waits for them. For one warp."""
-    q_ptr, q_stride = queries
-    first_token, num_tokens, head = rows
-    row = gl.minimum(gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0])), num_tokens * GQA - 1)
-    first = (first_token + row // GQA).to(gl.int64) * q_stride + (head * GQA + row % GQA) * HEAD_DIM
-    for half in gl.static_range(HEAD_DIM // _HALF):
-        line = (q_ptr + first + half * _HALF).to(gl.int64)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def _load_range(items, turn, turns, NUM_KV: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Page-table row, KV head, first and end position of a turn's pair, and where its last block begins."""
-    item, head = _find_pair(items, turn, turns, NUM_KV)
-    row, first, end = gl.load(item + 2), gl.load(item + 3), gl.load(item + 4)
-    return row, head, first, end, first + (gl.cdiv(end - first, BLOCK_N) - 1) * BLOCK_N
-
-
-@gluon.jit
-def _fetch_block(pool, pages, head, count, NUM_KV: gl.constexpr, PAGE: gl.constexpr, BEHIND: gl.constexpr):
-    """The `count`th tile of a program, when step `count + BEHIND - STAGES` has released its place."""
-    boxes_of, tiles, ready, released = pool
-    STAGES: gl.constexpr = ready.type.shape[0]
-    BOXES: gl.constexpr = tiles.type.shape[0] // STAGES
-    HALVES: gl.constexpr = BOXES // len(pages)
-    bar, first = ready.index(count % STAGES), count % STAGES * BOXES
-    mbarrier.wait(released.index((count + BEHIND) % STAGES), (count + BEHIND) // STAGES % 2 ^ 1)
-    mbarrier.expect(bar, BOXES * PAGE * _HALF * 2)
-    for half in gl.static_range(HALVES):
-        for place in gl.static_range(len(pages)):
-            box = tiles.index(first + half * len(pages) + place)
-            _fetch_box(boxes_of, [(pages[place] * NUM_KV + head) * PAGE, half * _HALF], bar, box)
-
-
-@gluon.jit
-def _fetch(
-    pool, table, work, queries, NUM_KV: gl.constexpr, GQA: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    ROWS: gl.constexpr, BEHIND: gl.constexpr,
-):  # fmt: skip
-    """Fill tiles with the keys (BEHIND 0) or the values (1) of all blocks of all pairs of this program."""
-    table_ptr, table_stride = table
-    items, turns = work
-    PAGES: gl.constexpr = BLOCK_N // PAGE
-    HEAD_DIM: gl.constexpr = pool[1].type.shape[0] // (pool[2].type.shape[0] * PAGES) * _HALF
-    count = 0
-    if turns > 0:
-        row, head, first, end, start = _load_range(items, 0, turns, NUM_KV, BLOCK_N)
-        pages = _page_numbers(table_ptr + row.to(gl.int64) * table_stride, start, end, PAGE, PAGES)
-        for turn in range(turns):
-            next_row, next_head, next_first, next_end, next_start = _load_range(items, turn + 1, turns, NUM_KV, BLOCK_N)
-            if BEHIND == 0:
-                rows, _, _ = _load_pair(items, turn + 1, turns, NUM_KV)
-                _ask_for_queries(queries, rows, ROWS, HEAD_DIM, GQA)
-            for at in range(start, first - 1, -BLOCK_N):
-                is_last = at == first
-                ahead_row, ahead_end = gl.where(is_last, next_row, row), gl.where(is_last, next_end, end)
-                ahead_start = gl.where(is_last, next_start, at - BLOCK_N)
-                ahead_table = table_ptr + ahead_row.to(gl.int64) * table_stride
-                next_pages = _page_numbers(ahead_table, ahead_start, ahead_end, PAGE, PAGES)
-                _fetch_block(pool, pages, head, count, NUM_KV, PAGE, BEHIND)
-                count += 1
-                pages = next_pages
-            row, head, first, end, start = next_row, next_head, next_first, next_end, next_start
 
 
 @gluon.jit
@@ -313,7 +199,7 @@ def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
     HEAD_DIM: gl.constexpr = keys.type.shape[2]
     q_tile = q_tiles.index(GROUP)
     if turns > 0:
-        rows, positions, part = _load_pair(items, 0, turns, NUM_KV)
+        rows, positions, part = load_pair(items, 0, turns, NUM_KV)
         q_tile.store(_load_queries(queries, rows, HEAD_DIM, GQA, GROUP))
         hopper.fence_async_shared()
         mbarrier.wait(keys_ready.index(0), 0)
@@ -322,7 +208,7 @@ def _attend(step, NUM_KV: gl.constexpr, GQA: gl.constexpr, GROUP: gl.constexpr):
         count = 1
         for turn in range(turns):
             has_next = turn + 1 < turns
-            next_rows, next_positions, next_part = _load_pair(items, turn + 1, turns, NUM_KV)
+            next_rows, next_positions, next_part = load_pair(items, turn + 1, turns, NUM_KV)
             m, mass, acc, weights, count = _attend_blocks(
                 scores, q_tile, tiles, bars, count, positions, scale_log2, GQA, GROUP
             )
@@ -355,9 +241,9 @@ def hopper_prefill_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = key_pages.dtype
-    BOXES: gl.constexpr = STAGES * BLOCK_N // PAGE * (HEAD_DIM // _HALF)
-    key_boxes = gl.allocate_shared_memory(dtype, [BOXES, PAGE, _HALF], swizzled)
-    value_boxes = gl.allocate_shared_memory(dtype, [BOXES, PAGE, _HALF], swizzled)
+    BOXES: gl.constexpr = STAGES * BLOCK_N // PAGE * (HEAD_DIM // HALF)
+    key_boxes = gl.allocate_shared_memory(dtype, [BOXES, PAGE, HALF], swizzled)
+    value_boxes = gl.allocate_shared_memory(dtype, [BOXES, PAGE, HALF], swizzled)
     keys = _seen_as(key_boxes, [STAGES, BLOCK_N, HEAD_DIM])
     values = _seen_as(value_boxes, [STAGES, BLOCK_N, HEAD_DIM])
     q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _ROWS, HEAD_DIM], swizzled)
@@ -373,7 +259,7 @@ def hopper_prefill_kernel(
         tl.extra.cuda.gdc_wait()
     header = metadata_ptr + _HEADER
     items = metadata_ptr + items_at + gl.load(header) * _ITEM_SIZE
-    work, queries = (items, _num_turns(gl.load(header + 1) * NUM_KV)), (q_ptr, q_stride)
+    work, queries = (items, num_turns(gl.load(header + 1) * NUM_KV)), (q_ptr, q_stride)
     outputs = (out_ptr, out_stride, partial_ptr, lse_ptr, metadata_ptr + partials_at)
     tiles, bars = (keys, values), (keys_ready, values_ready, released)
     keys_of, values_of = (
@@ -388,8 +274,8 @@ def hopper_prefill_kernel(
             [
                 (_attend, (step, NUM_KV, GQA, 0)),
                 (_attend, (step, NUM_KV, GQA, 1)),
-                (_fetch, (keys_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 0)),
-                (_fetch, (values_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 1)),
+                (fetch_tiles, (keys_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 0)),
+                (fetch_tiles, (values_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 1)),
             ],
             [4, 1, 1],
             [WIDE, NARROW, NARROW],
@@ -400,8 +286,8 @@ def hopper_prefill_kernel(
                 (_attend, (step, NUM_KV, GQA, 0)),
                 (_attend, (step, NUM_KV, GQA, 1)),
                 (_attend, (step, NUM_KV, GQA, 2)),
-                (_fetch, (keys_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 0)),
-                (_fetch, (values_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 1)),
+                (fetch_tiles, (keys_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 0)),
+                (fetch_tiles, (values_of, table, work, queries, NUM_KV, GQA, PAGE, BLOCK_N, ROWS, 1)),
             ],
             [4, 4, 1, 1],
             [WIDE, WIDE, NARROW, NARROW],
