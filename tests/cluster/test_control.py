@@ -105,7 +105,9 @@ async def leave(found: Routed, path: str) -> None:
     await found.until(lambda: all(f"POST {path}" in targets(each) for each in found.replicas))
     await asyncio.sleep(0.05)
     asking.cancel()
-    await asyncio.wait((asking,))
+    async with asyncio.timeout(30):
+        while "headrace_router_disconnects_total 1.0" not in (await found.http.get("/metrics")).text:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("path", ["/pause_generation", "/pause", "/headrace/pause"])
