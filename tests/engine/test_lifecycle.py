@@ -496,7 +496,7 @@ def test_a_core_that_starts_too_slowly_is_killed(model_folder: Path) -> None:
     before = threading.active_count()
     with pytest.raises(DeadlineError, match="start_timeout"):
         Engine(model_folder, **SETTINGS, start_timeout=1e-6)
-    wait_for(lambda: threading.active_count() <= before)
+    wait_for(lambda: threading.active_count() <= before, 120.0)  # as long as the start takes that nobody waits for
 
 
 def test_random_weights_need_no_weight_file(model_folder: Path, tmp_path: Path) -> None:
