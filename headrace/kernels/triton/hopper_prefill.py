@@ -37,6 +37,9 @@ PAGE_SIZES = (16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
 """What the kernel can run: of queries, and of the pools that it meets."""
 
+_REGISTERS = {2: (232, 40, 168), 3: (160, 32, 128)}
+"""Of a thread that multiplies, of one that fetches, and of each as the kernel is built: by the number of groups."""
+
 _LOG2_E = 1.4426950408889634
 
 _ITEM_SIZE = gl.constexpr(ITEM_SIZE)
@@ -349,9 +352,7 @@ class HopperPrefill:
     ) -> None:  # fmt: skip
         """As `PagedAttention.run`, for up to `num_items` prefill items; keys and values in the dtype of queries."""
         shape, tile, limits = self._shape, self._tile, self._limits
-        wide, narrow, most = {2: (232, 40, 168), 3: (160, 32, 128), 4: (112, 40, 96)}[
-            tile.groups
-        ]  # registers of a thread
+        wide, narrow, most = _REGISTERS[tile.groups]
         layout = gl.NVMMASharedLayout(128, 16, 2)
         pages = [TensorDescriptor.from_tensor(pool, [self._page_size, 64], layout) for pool in (keys, values)]
         programs = min(self.num_programs, num_items * shape.num_kv_heads)
