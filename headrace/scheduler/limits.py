@@ -51,6 +51,12 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
         """Sequences that can run at once: each needs a page."""
         return min(self.max_running_requests, self.num_pages - 1)
 
+    @property
+    def max_served(self) -> int:
+        """Sequences that may run at once so that a step has a token for each: more would wait for others to end."""
+        few = min(FEW_ROWS, self.num_cohorts * self.prefill_step_tokens)
+        return max(self.num_cohorts * self.max_num_batched_tokens, few)
+
     def step_tokens(self, num_running: int) -> int:
         """The token budget of a step."""
         few = self.prefill_step_tokens if num_running <= FEW_ROWS else 0

@@ -191,7 +191,7 @@ class StepPlanner:
         limits = self._limits
         num_reserved: int | None = None
         forecast: PoolForecast | None = None
-        while budget > 0:
+        while budget > 0 and self._roster.num_running < limits.max_served:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
             if sequence is None or (
                 limits.num_cohorts > 1 and len(builder.new_slots) >= self._share(len(self._roster.by_handle))

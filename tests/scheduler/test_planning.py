@@ -63,6 +63,25 @@ def test_while_few_run_a_step_takes_more_of_their_prompts(monkeypatch: pytest.Mo
     assert lengths[4] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("num_cohorts", [1, 2])
+def test_no_more_run_than_the_steps_behind_a_large_one_have_tokens_for(
+    monkeypatch: pytest.MonkeyPatch, num_cohorts: int
+) -> None:
+    """Else those of the lowest rank would wait, half-way, for others to end."""
+    monkeypatch.setattr(limits, "FEW_ROWS", 4)
+    settings = {"max_num_batched_tokens": 3, "prefill_step_tokens": 40, "num_cohorts": num_cohorts}
+    scheduler = make(max_running_requests=20, **settings)
+    for handle in range(15):
+        scheduler.add(request(handle, 2, 9), 0.0)
+    most = max(4, 3 * num_cohorts)
+    num_started = []
+    while (plan := scheduler.plan()) is not None:
+        num_started.append(scheduler.num_started)
+        assert num_cohorts > 1 or len(rows(plan)) == scheduler.num_started
+        scheduler.apply(answer(plan))
+    assert max(num_started) == most and scheduler.metrics()["num_finished"] == 15
+
+
 def test_more_rows_than_budget_are_served_by_rank() -> None:
     scheduler = make(max_num_batched_tokens=2)
     for handle in range(3):
