@@ -57,9 +57,10 @@ class DeviceRoad:
 
     def again(self, held: HeldTensors) -> DeviceExport | None:
         """All of the tensors as they went last; None where they are to be looked at one by one."""
-        if self.is_closed or self._plan is None or not self._plan.fits(held.listing):
+        plan = self._plan  # another thread, which brings other tensors, may note its own meanwhile
+        if self.is_closed or plan is None or not plan.fits(held.listing):
             return None
-        return DeviceExport.again(self._plan, held, shares_process=self._shares_process)
+        return DeviceExport.again(plan, held, shares_process=self._shares_process)
 
     def bytes_ahead(self, number: int) -> float:
         """How much of that goes ahead as export `number`: the core copies it while the rest is looked through. A core

@@ -132,6 +132,27 @@ def test_the_same_tensors_are_looked_at_once_and_sent_as_they_are_now(
     assert len(names) == len(new) and engine.digest() == digests(new, model_folder)
 
 
+def test_another_trainer_may_be_noted_meanwhile(
+    engine: Engine, new: Tensors, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, between the question whether all are as they were and the use of the answer."""
+    others = [(name, each.clone()) for name, each in named_tensors(model_of(2))]
+    road = engine.asynchronous.runtime.updater._road
+    engine.update_weights_from_tensor(others, "others")
+    of_others = road._plan
+    engine.update_weights_from_tensor(new, "one")
+    fits = device_export.ExportPlan.fits
+
+    def noted(plan: Any, listing: Any) -> bool:
+        found = fits(plan, listing)
+        road._plan = of_others
+        return found
+
+    monkeypatch.setattr(device_export.ExportPlan, "fits", noted)
+    engine.update_weights_from_tensor(new, "two")
+    assert engine.digest() == digests(new, model_folder)
+
+
 MOVED = {
     "another place": lambda each: each.clone(),
     "another form": lambda each: each.t().contiguous().t(),
