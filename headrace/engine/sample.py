@@ -65,7 +65,7 @@ class Sample:
             self._prompt_logprobs, self._prompt_extras = delta.prompt_logprobs, delta.prompt_extras
         if delta.prompt_spans:
             self._prompt_spans = delta.prompt_spans
-        if delta.routed.experts:
+        if delta.routed.experts or (delta.routed.num_layers and not self._routed):
             self._routed += (delta.routed,)
         self.times = delta.times or self.times
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
@@ -74,10 +74,11 @@ class Sample:
 
     @property
     def num_extra_values(self) -> int:
-        """Log-probabilities beside those of the generated tokens, and kept ids."""
+        """Log-probabilities beside those of the generated tokens, kept ids, and experts."""
         extras = self._prompt_extras
         of_prompt = len(self._prompt_logprobs) + len(extras.top_logprobs) + len(extras.asked_logprobs)
-        return (of_prompt + sum(len(self._extras[column]) for column in (_TOP_VALUES, _ASKED_VALUES, _KEPT_IDS))) // 4
+        of_output = sum(len(self._extras[column]) for column in (_TOP_VALUES, _ASKED_VALUES, _KEPT_IDS))
+        return (of_prompt + of_output) // 4 + sum(len(part.experts) for part in self._routed) // 2
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` generated tokens only."""
@@ -117,9 +118,9 @@ class Sample:
         if start is None or not self._routed:
             return None
         num_layers, num_per_token = self._routed[0].num_layers, self._routed[0].num_per_token
-        size = 2 * num_layers * num_per_token * (self.num_prompt_tokens + len(self.token_ids) - 1 - start)
-        experts = b"".join(part.experts for part in self._routed)
-        return RoutedExperts(start, num_layers, num_per_token, experts[:size]) if 0 <= size <= len(experts) else None
+        num_positions = max(0, self.num_prompt_tokens + len(self.token_ids) - 1 - start)
+        size, experts = 2 * num_layers * num_per_token * num_positions, b"".join(part.experts for part in self._routed)
+        return RoutedExperts(start, num_layers, num_per_token, experts[:size]) if size <= len(experts) else None
 
     def prompt_fields(self) -> dict[str, Any]:
         """The `Generation` fields of the prompt's scores: one entry per prompt token, None where there is none."""

@@ -44,12 +44,9 @@ class RoutedPool:
         for row in np.flatnonzero((self._next >= 0)[inputs.row_slots]).tolist():
             slot, end = int(inputs.row_slots[row]), int(ends[row])
             first = int(self._next[slot])
-            if first < end:
-                positions = np.arange(first, end)
-                told[row] = RoutedRow(
-                    first, self._cells[self._cells_of(pages, np.full_like(positions, slot), positions)]
-                )
-                self._next[slot] = end
+            positions = np.arange(first, end)  # none, where only what lies before them was computed
+            told[row] = RoutedRow(first, self._cells[self._cells_of(pages, np.full_like(positions, slot), positions)])
+            self._next[slot] = max(first, end)
         return told
 
     def _cells_of(self, pages: Int64Array, slots: Int64Array, positions: Int64Array) -> Int64Array:

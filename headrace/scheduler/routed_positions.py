@@ -23,17 +23,17 @@ class RoutedPositions:
         """Take a step's; `replaces`: the last word counts."""
         assert row.first <= self.end, "positions were skipped"
         end, first = row.first + len(row.experts), row.first if replaces else self.end
-        if end <= first:
-            return
         experts = self._with_room(end - self.start, row.experts)
-        experts[first - self.start : end - self.start] = row.experts[first - row.first :]
-        self.end = end
+        if end > first:
+            experts[first - self.start : end - self.start] = row.experts[first - row.first :]
+            self.end = end
 
     def take(self, until: int) -> RoutedPart:
-        """What is known and was not delivered of the positions before `until`."""
-        first, last = self._delivered, min(until, self.end)
-        if self._experts is None or last <= first:
+        """What is known and was not delivered of the positions before `until`; of none it has the shape at least, once
+        anything was told."""
+        if self._experts is None:
             return RoutedPart()
+        first, last = self._delivered, max(self._delivered, min(until, self.end))
         self._delivered = last
         _, num_layers, num_per_token = self._experts.shape
         part = self._experts[first - self.start : last - self.start]

@@ -68,8 +68,9 @@ class NativeFace:
                     replies[number] = SequenceReply(style, streams[number], call.wants_logprobs[number])
                 reply = replies[number]
                 reply.add(piece)
-                body = reply.body(piece)
-                events.append(event({**body, "index": number} if call.is_list else body))
+                write = functools.partial(_event, reply, piece, number if call.is_list else None)
+                size = 0 if piece.routed_experts is None else len(piece.routed_experts.experts)
+                events.append(write() if size <= INLINE_CHARACTERS else await run_sized(size, write))
                 if is_incremental:
                     reply.forget()
             yield b"".join(events)
@@ -131,6 +132,11 @@ async def _written(streams: list[Stream], style: ReplyStyle, call: GenerateCall)
         return bodies
     parts = [part for body in bodies for part in (b",", body)]
     return [b"[", *parts[1:], b"]"]
+
+
+def _event(reply: SequenceReply, piece: Generation, index: int | None) -> bytes:
+    body = reply.body(piece)
+    return event(body if index is None else {**body, "index": index})
 
 
 def _write(reply: SequenceReply, piece: Generation) -> bytes:

@@ -100,7 +100,7 @@ class SequenceReply:
         if self._keeps:
             meta.update(top_p_fields(self._kept))
         if piece.routed_experts is not None:
-            meta["routed_experts"] = _base64(piece.routed_experts.array().astype("<i4"))
+            meta["routed_experts"] = _base64(piece.routed_experts.array().astype("<i4", copy=False))
         if piece.finish_reason is not None:
             meta["e2e_latency"] = time.perf_counter() - self._style.received_at
             meta["response_sent_to_client_ts"] = time.time()

@@ -66,7 +66,8 @@ class VllmGenerateFace:
         model = check_model(self._state, body.model)
         (row,) = await shared_rows(self._state.engine, {"token_ids": ids})
         call = OpenAiCall(self._state, body, "gen", model, warnings)
-        with FieldNames({"rid": "request_id"}), openai_errors(body, "max_tokens", "logprobs"):
+        names = {"rid": "request_id", "return_routed_experts": "max_tokens"}  # nobody asks for the latter here
+        with FieldNames(names), openai_errors(body, "max_tokens", "logprobs"):
             max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
             params = sampling_params(self._state, body, max_tokens)
             options = logprob_options(self._state, body, body.logprobs or 0, "logprobs")

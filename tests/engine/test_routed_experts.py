@@ -91,6 +91,12 @@ def test_without_the_prefix_cache_of_one_token_and_of_none(folder: Path, model: 
             check(model, prompt, each)
         [scored] = engine.score(input_ids=PROMPT, return_routed_experts=True)
         check(model, PROMPT, scored)
+        asked: dict[str, Any] = {"return_routed_experts": True, "routed_experts_start": len(PROMPT)}
+        for max_new_tokens in (1, 0):  # of what was asked for nothing was computed, which is not the same as None
+            params = {"max_new_tokens": max_new_tokens}
+            [nothing] = engine.generate(input_ids=PROMPT, sampling_params=params, **asked)
+            assert nothing.routed_experts is not None
+            assert nothing.routed_experts.array().shape == (0, *engine.resolved.model.experts_shape)
 
 
 def test_sequences_that_are_preempted_go_on_where_they_were(folder: Path, model: PreTrainedModel) -> None:

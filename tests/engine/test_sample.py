@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from headrace.engine.sample import Sample, slice_spans
-from headrace.types.request import Delta, Request, TokenExtras, pack_ids
+from headrace.types.request import Delta, Request, RoutedPart, TokenExtras, pack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.types.packing import pack_floats
 
@@ -110,3 +110,19 @@ def test_nothing_asked_nothing_given() -> None:
     sample.append(delta([1]))
     assert sample.prompt_fields() == {}
     assert not {"top_logprobs", "token_ids_logprobs"} & sample.fields_from(0).keys()
+
+
+def test_experts_count_as_values_and_none_of_them_are_an_answer() -> None:
+    """What is large is written beside the loop, and held by nobody who looks back."""
+    sample = Sample(request(routed_start=3))
+    assert sample.routed_experts() is None and sample.num_extra_values == 0
+    sample.append(delta([5], routed=RoutedPart(2, 3)))
+    nothing = sample.routed_experts()
+    assert nothing is not None and nothing.array().shape == (0, 2, 3)
+    for _ in range(2):
+        sample.append(delta([6], routed=RoutedPart(2, 3, bytes(range(12)))))
+    found = sample.routed_experts()
+    assert found is not None and found.experts == bytes(range(12)) * 2 and sample.num_extra_values == 12
+    sample.truncate(2)
+    found = sample.routed_experts()
+    assert found is not None and found.experts == bytes(range(12))

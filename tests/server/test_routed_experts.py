@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,10 @@ import httpx
 import numpy as np
 import pytest
 
-from headrace import Engine
+from headrace import Engine, Generation
 from headrace.engine import bounds
+from headrace.server import native, native_reply
+from headrace.text import encoding
 from tests.parity.models import make_model
 from tests.server.conftest import Served
 from tests.server.test_generate import events
@@ -73,6 +76,34 @@ def test_a_server_that_keeps_them_answers_as_vllm_does(experts: Served, served: 
     assert other["routed_experts"] is None
 
 
+def test_of_nothing_that_was_computed_there_are_none(experts: Served) -> None:
+    """A client that goes on where it was may get one token more, and has all experts by then."""
+    body = {"input_ids": IDS, "return_routed_experts": True, "routed_experts_start_len": len(IDS)}
+    reply = experts.generate(**body, sampling_params={**PARAMS, "max_new_tokens": 1})
+    assert len(routed_in(experts, reply, start=len(IDS))) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_are_written_beside_the_loop(experts: Served, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    body: dict[str, Any] = {"input_ids": IDS, "sampling_params": PARAMS, "return_routed_experts": True}
+    expected = experts.generate(**body)["meta_info"]["routed_experts"]
+    threads: list[str] = []
+    write = native_reply.SequenceReply.body
+
+    def noted(reply: Any, piece: Generation) -> dict[str, Any]:
+        if piece.routed_experts is not None:
+            threads.append(threading.current_thread().name)
+        return write(reply, piece)
+
+    monkeypatch.setattr(native_reply.SequenceReply, "body", noted)
+    for at, (limit, is_beside) in enumerate(((1 << 15, False), (8, True))):
+        for module in (native, encoding):
+            monkeypatch.setattr(module, "INLINE_CHARACTERS", limit)
+        reply = events(experts, body)[-1] if stream else experts.generate(**body)
+        assert reply["meta_info"]["routed_experts"] == expected
+        assert threads[at].startswith("asyncio_") is is_beside
+
+
 def test_each_prompt_of_a_batch_asks_for_itself(experts: Served) -> None:
     prompts, asked, starts = [IDS, IDS[:5], IDS[2:]], [True, False, True], [0, 0, 7]
     found = experts.generate(
@@ -104,3 +135,6 @@ def test_the_server_says_that_it_keeps_them_and_what_is_asked_wrong(
     both = {**asked, "input_ids": [IDS, IDS], "sampling_params": {"max_new_tokens": 6}}
     assert refused(experts, both) == "return_routed_experts"
     assert len(experts.generate(**{**both, "return_routed_experts": [True, False]})) == 2
+    unasked = {"token_ids": IDS, "sampling_params": {"max_tokens": 6, "n": 2}}
+    reply = experts.http.post("/inference/v1/generate", json=unasked)
+    assert (reply.status_code, reply.json()["param"]) == (400, "max_tokens"), reply.text
