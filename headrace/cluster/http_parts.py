@@ -14,6 +14,9 @@ import msgspec
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
+MAX_CHUNK_BYTES = 512 << 20
+"""A chunk of a replica's answer is passed on whole, and held until then: an event of `/generate` with all experts and
+log-probabilities that may be asked for of a sample."""
 _MAX_SIZE_LINE = 256
 _FREE_CHUNKS = 1024
 _BYTES_PER_CHUNK = 16

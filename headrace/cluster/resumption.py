@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from headrace.cluster.http_parts import MAX_CHUNK_BYTES
 from headrace.ipc.codec import DECODE_ERRORS
 
 ResumeMode = Literal["off", "streams", "all"]
@@ -28,7 +29,7 @@ _NUM_LAST = 2  # an error is the last event, but for the end
 _OF_SAMPLE = b'"meta_info":'
 _GAP = b"\n\n"
 END_OF_STREAM = b"data: [DONE]\n\n"
-MAX_EVENT_BYTES = 256 << 20
+MAX_EVENT_BYTES = MAX_CHUNK_BYTES
 _OK, _LEAST_ERROR, _LAST_ERROR = 200, 400, 599
 _LISTS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
 _KEPT, _KEPT_OFFSETS = "top_p_token_ids", "top_p_token_offsets"
@@ -84,8 +85,9 @@ class Resumption:
         self._before: dict[str, Any] = {}
         """What earlier replicas have made, as one answer; {}: nothing."""
         self._parts: list[bytes] = []
-        self._rest = b""
-        """The beginning of an event of which the end has not come."""
+        self._rest: list[bytes] = []
+        """The beginning of an event of which the end has not come, as it came: a large one comes in many pieces."""
+        self._num_rest_bytes = 0
 
     @property
     def has_begun(self) -> bool:
@@ -99,13 +101,10 @@ class Resumption:
     def take(self, data: bytes) -> bytes | None:
         """Bytes of the answer, cut anywhere. Returns what the client is to have of it by now; None: the replica's
         engine has died. Raises `UnreadableAnswerError`."""
-        data = self._rest + data
-        found = data.rfind(_GAP)
-        end = 0 if found < 0 else found + len(_GAP)
-        part, self._rest = data[:end], data[end:]
+        part = self._up_to_gap(data)
         if RETRYABLE_MARK in part:
             return None
-        if len(self._rest) > MAX_EVENT_BYTES:
+        if self._num_rest_bytes > MAX_EVENT_BYTES:
             raise UnreadableAnswerError(f"an event has over {MAX_EVENT_BYTES} bytes")
         told = b"".join(map(self._as_one, _pieces(part))) if self._before and not self.is_whole else part
         if not self._is_incremental and _OF_SAMPLE in part:
@@ -113,12 +112,30 @@ class Resumption:
         self._parts.append(part)
         return told
 
+    def _up_to_gap(self, data: bytes) -> bytes:
+        """The events that are whole with these bytes; what follows them is the rest."""
+        last = self._rest[-1][-1:] if self._rest else b""
+        found = (last + data).rfind(_GAP)
+        end = 0 if found < 0 else found + len(_GAP) - len(last)
+        part = b""
+        if end:
+            part = b"".join((*self._rest, data[:end]))
+            self._forget_rest()
+        if rest := data[end:]:
+            self._rest.append(rest)
+            self._num_rest_bytes += len(rest)
+        return part
+
+    def _forget_rest(self) -> None:
+        self._rest, self._num_rest_bytes = [], 0
+
     def next_body(self) -> bytes | None:
         """What to ask of another replica; None where the answer does not say what that needs."""
         found = self._joined_or_nothing()
         meta = found.get("meta_info", {})
         seed = meta.get("seed")
-        self._parts, self._rest = [], b""
+        self._parts = []
+        self._forget_rest()
         if seed is None:
             return None
         self._before = found
@@ -142,7 +159,7 @@ class Resumption:
 
     def rest(self) -> bytes:
         """What came behind the last event, of a stream that has ended."""
-        return self._rest
+        return b"".join(self._rest)
 
     def whole(self) -> tuple[int, bytes]:
         """Status and body of the answer, once its stream has ended: that of an error, if the stream ended with one.

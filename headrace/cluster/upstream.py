@@ -11,12 +11,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import cast
 
-from headrace.cluster.http_parts import MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
+from headrace.cluster.http_parts import MAX_CHUNK_BYTES, MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
 from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError
 
 MAX_ANSWER_BYTES = 4 << 30
-MAX_CHUNK_BYTES = 256 << 20
-"""A chunk is passed on whole, and held until then."""
 MAX_UNREAD_BYTES = 1 << 20
 IDLE_SECONDS = 20.0
 """Well below what servers keep an idle connection for, so that few are closed under a request."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import operator
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,24 @@ def test_events_may_be_cut_anywhere() -> None:
 
     for num in (40, 150):
         asyncio.run(story(num))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_pieces_of_an_event_are_joined_once_at_its_end(size: int) -> None:
+    """A large one, with the experts of its tokens, comes in very many."""
+    told = event([5], 1) + event([6], 2, **END) + b"data: [DONE]\n\nxy"
+    found = resumption_of("/generate", msgspec.json.encode({**ASKED, "stream": True}), "streams")
+    assert found is not None
+    pieces = [told[at : at + size] for at in range(0, len(told), size)]
+    passed = []
+    for number, piece in enumerate(pieces, 1):
+        part = found.take(piece)
+        assert part is not None
+        passed.append(part)
+        waiting = found._rest[1:]  # behind what was cut off with the event before: as they came
+        assert all(map(operator.is_, waiting, pieces[number - len(waiting) : number]))
+        assert sum(map(len, found._rest)) == sum(map(len, pieces[:number])) - sum(map(len, passed))
+    assert b"".join(passed) == told[:-2] and found.rest() == b"xy" and found.is_finished
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
