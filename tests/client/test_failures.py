@@ -37,6 +37,7 @@ from headrace import (
 from headrace.client.transport import HttpCall, _raise_for
 from tests.arch.source import ROOT, child_environment
 from tests.client.conftest import CONFIG, CONNECT, left_in_shared_memory
+from tests.processes import runs
 
 NORM = "model.norm.weight"
 LONG: dict[str, Any] = {"max_new_tokens": 900, "ignore_eos": True}
@@ -234,6 +235,22 @@ def test_a_call_ends_with_its_client(connect: CONNECT) -> None:
     assert type(asyncio.run(closed())) is ShutdownError
 
 
+@pytest.fixture(scope="module")
+def runtimes() -> Iterator[list[Runtime]]:
+    started: list[Runtime] = []
+    yield started
+    for each in started:
+        each.close()
+
+
+@pytest.fixture
+def runtime(model_folder: Path, runtimes: list[Runtime]) -> Runtime:
+    """One for all tests, until one of them ends it."""
+    if not runtimes or not runs(runtimes[-1].pid):
+        runtimes.append(Runtime(model_folder, **CONFIG))
+    return runtimes[-1]
+
+
 def test_a_fork_has_connections_of_its_own(runtime: Runtime) -> None:
     def answer(first: int) -> list[int]:
         params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -361,28 +378,6 @@ def test_an_error_of_the_engine_keeps_its_class_in_a_stream(connect: CONNECT, en
         assert last == "abort"
 
 
-@pytest.fixture
-def runtime(model_folder: Path) -> Iterator[Runtime]:
-    with Runtime(model_folder, **CONFIG) as started:
-        yield started
-
-
-def test_a_server_killed_in_a_stream_and_in_a_stage(runtime: Runtime) -> None:
-    pieces = runtime.stream(input_ids=[1, 2], sampling_params=LONG)
-    next(pieces)
-    session = runtime.begin_update("b", [(NORM, (32,), "float32")], partial=True)
-
-    def killing() -> Iterator[tuple[str, Any]]:
-        os.kill(runtime.pid, signal.SIGKILL)
-        yield NORM, np.zeros(32, np.float32)
-
-    assert type(raised(lambda: runtime.stage(session, killing()))) is UnreachableError
-    assert type(raised(lambda: list(pieces))) is UnreachableError
-    weights = {NORM: np.zeros(32, np.float32)}
-    error = raised(lambda: runtime.update_weights_from_tensor(weights, "c", partial=True))
-    assert type(error) is UnreachableError and error.retryable
-
-
 STAGER = """
 import os, signal, sys
 import numpy as np
@@ -411,8 +406,26 @@ def test_a_client_killed_in_a_stage_leaves_its_session_to_its_deadline(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert runtime.digest() == before
-    weights = load_file(model_folder / "newer" / "model.safetensors")
-    assert runtime.update_weights_from_tensor(weights, "b").num_tensors == len(weights)
-    assert runtime.digest() != before and not left_in_shared_memory(stager.pid, runtime.pid)
+    for folder in (model_folder / "newer", model_folder):
+        weights = load_file(folder / "model.safetensors")
+        assert runtime.update_weights_from_tensor(weights, "b").num_tensors == len(weights)
+        assert (runtime.digest() == before) == (folder == model_folder)
+    assert not left_in_shared_memory(stager.pid, runtime.pid)
     held = [os.readlink(each) for each in Path(f"/proc/{runtime.pid}/fd").iterdir()]
     assert sum("memfd:headrace" in each for each in held) <= 3, "its own upload buffers and pulse, nothing lent"
+
+
+def test_a_server_killed_in_a_stream_and_in_a_stage(runtime: Runtime) -> None:
+    pieces = runtime.stream(input_ids=[1, 2], sampling_params=LONG)
+    next(pieces)
+    session = runtime.begin_update("b", [(NORM, (32,), "float32")], partial=True)
+
+    def killing() -> Iterator[tuple[str, Any]]:
+        os.kill(runtime.pid, signal.SIGKILL)
+        yield NORM, np.zeros(32, np.float32)
+
+    assert type(raised(lambda: runtime.stage(session, killing()))) is UnreachableError
+    assert type(raised(lambda: list(pieces))) is UnreachableError
+    weights = {NORM: np.zeros(32, np.float32)}
+    error = raised(lambda: runtime.update_weights_from_tensor(weights, "c", partial=True))
+    assert type(error) is UnreachableError and error.retryable

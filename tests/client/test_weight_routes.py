@@ -332,7 +332,7 @@ def test_half_an_update_of_one_client_is_not_completed_by_another(
     assert second.update_weights_from_tensor(newer, 8).version == "8"
 
 
-@pytest.mark.parametrize("max_body_bytes", [1024, 20_000])
+@pytest.mark.parametrize("max_body_bytes", [2048, 20_000])
 @pytest.mark.parametrize("shares_memory", [True, False])
 def test_tensors_larger_than_a_body_go_in_pieces(
     connect: CONNECT, model_folder: Path, monkeypatch: pytest.MonkeyPatch, shares_memory: bool, max_body_bytes: int

@@ -38,7 +38,7 @@ from tests.arch.source import ROOT, child_environment
 from tests.core.harness import bucket_of, manifest_of, new_tensors, request, tiny_config
 from tests.processes import runs
 
-pytestmark = pytest.mark.usefixtures("cold_processes")  # the start is what is tested
+cold = pytest.mark.usefixtures("cold_processes")  # where the start is what is tested
 
 
 class Front:
@@ -118,6 +118,7 @@ def wait_until_gone(pid: int, timeout: float) -> bool:
     return not runs(pid)
 
 
+@cold
 def test_requests_run_in_a_process_of_their_own() -> None:
     async def body(front: Front) -> None:
         assert front.ready is not None and front.ready.error is None
@@ -152,6 +153,7 @@ def test_weights_cross_in_shared_memory() -> None:
     buffer.close()
 
 
+@cold
 def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
     async def body(front: Front) -> None:
         assert front.ready is not None and front.ready.error is not None

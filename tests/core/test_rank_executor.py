@@ -204,7 +204,7 @@ def test_random_events_over_two_ranks_give_what_they_give_alone(
     for seed in range(3):
         first, second = Driver(alone, seed, layout), Driver(ranks, seed, layout)
         for driver in (first, second):
-            driver.play(80)
+            driver.play(50)
         assert first.digests == second.digests and first.num_requests == second.num_requests
         assert first.core.status().epoch == second.core.status().epoch
         num_updates += first.core.status().epoch

@@ -66,7 +66,7 @@ from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
 from headrace.weights.memory import ResolvedMode, Ticket
 
-NUM_WORLDS = 30
+NUM_WORLDS = 20
 NUM_SEQUENCES = 100
 MAX_LIMIT = 8.0
 LONGEST_TURN = 16.0

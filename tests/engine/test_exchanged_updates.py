@@ -18,7 +18,8 @@ from tests.runner.mapped_driver import MappedDriver, mapped_driver
 
 PROMPT = [11, 12, 13, 14, 15]
 PARAMS = SamplingParams(max_new_tokens=8, temperature=1.0, ignore_eos=True, seed=3)
-LONG = SamplingParams(max_new_tokens=900, ignore_eos=True, seed=5)
+NUM_TOKENS = 300
+LONG = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, seed=5)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_requests_run_on_over_exchanges(model_folder: Path, driver: MappedDriver
             update = engine.update_weights_from_tensor
             update(sets[number % 2], version=str(number), mode="shadow", in_flight="keep")
         thread.join(60)
-        assert all(sum(count for _, count in each.version_spans) == 900 for each in found) and len(found) == 3
+        assert all(sum(count for _, count in each.version_spans) == NUM_TOKENS for each in found) and len(found) == 3
         assert driver.calls.count("cuMemRetainAllocationHandle") == 6 + 1  # and one for the twin
 
 

@@ -87,8 +87,9 @@ def waits_for_drain(
 NAMES = ["pause", "tensors", "bucket", "tensors in place", "disk", "disk in place", "commit"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("where", ["own loop", "another loop"])
+@pytest.mark.parametrize(
+    ("name", "where"), [*((name, "another loop") for name in NAMES), ("pause", "own loop"), ("disk", "own loop")]
+)
 def test_what_is_cancelled_does_not_happen_later(
     shared: Engine, new: Tensors, new_folder: Path, name: str, where: str
 ) -> None:

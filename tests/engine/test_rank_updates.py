@@ -141,7 +141,8 @@ def test_many_updates_hold_nothing(ranks: Engine, digests: dict[str, str]) -> No
     first few."""
     names, before = shared_memory(), ranks.digest()
     old = named_tensors(model_of(0))
-    for number in range(NUM_UPDATES // 2):
+    num_rounds = NUM_UPDATES // 2 if ranks.resolved.engine.tp_size > 1 else NUM_UPDATES // 8  # stages: the same roads
+    for number in range(num_rounds):
         for tensors, expected in ((NEW, digests), (old, before)):
             if number % 2:
                 for start in range(3):

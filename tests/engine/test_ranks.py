@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +16,12 @@ from headrace import (
     SamplingParams,
     WeightUpdateError,
 )
-from headrace.types.memory import Restore
 from headrace.types.weights import TensorInfo, UpdateMode
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.test_memory import NUM_CYCLES, resident_bytes
 from tests.engine.test_restart import pid_of
 from tests.parity.models import make_model, save_model
 from tests.processes import children_of
-from tests.warm import cold_starts
 from tests.weights.test_shard_reading import num_bytes_read
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 5]
@@ -64,11 +61,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
 def ranks(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Engine]:
-    """Those of one layout start cold, as users' do, the core and its rank."""
-    is_cold = request.param == LAYOUTS["process"]
-    with cold_starts() if is_cold else nullcontext():
-        started = Engine(model_folder, device="cpu", **request.param, **SETTINGS)
-    with started:
+    with Engine(model_folder, device="cpu", **request.param, **SETTINGS) as started:
         yield started
 
 
@@ -80,14 +73,14 @@ def test_two_ranks_generate_what_one_does(ranks: Engine, engine: Engine, params:
     assert found[1:] == pytest.approx(expected[1:], abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", get_args(UpdateMode))
+@pytest.mark.parametrize("mode", ["shadow", "inplace"])
 def test_updates_there_and_back_are_on_both_ranks(ranks: Engine, engine: Engine, mode: UpdateMode) -> None:
     first = outputs(ranks, GREEDY)
     old, new = (dict(named_tensors(model_of(seed))) for seed in (0, 1))
     before = ranks.digest()
     assert before == engine.digest()
     report = ranks.update_weights_from_tensor(new.items(), "b", mode=mode)
-    assert report.mode == mode or mode == "auto"
+    assert report.mode == mode
     assert outputs(ranks, GREEDY)[0].token_ids != first[0].token_ids
     assert ranks.digest() != before
     for name in (
@@ -131,10 +124,9 @@ def test_weights_from_a_folder_are_read_by_both(ranks: Engine, model_folder: Pat
     assert ranks.digest() == before
 
 
-@pytest.mark.parametrize("restore", ["copy", "disk"])
-def test_cycles_on_both_ranks_move_no_bit(model_folder: Path, restore: Restore) -> None:
+def test_cycles_on_both_ranks_move_no_bit(model_folder: Path) -> None:
     """One request at a time, so that no timing has a part in it; what a release gives back, no rank holds then."""
-    settings = {**SETTINGS, "kv_pool_tokens": 1 << 16, "keep_weights_copy": restore == "copy"}
+    settings = {**SETTINGS, "kv_pool_tokens": 1 << 16, "keep_weights_copy": True}
     with Engine(model_folder, tp_size=2, device="cpu", **settings) as engine:
         filling = [[number + 1] * 400 for number in range(32)]
 
@@ -145,13 +137,13 @@ def test_cycles_on_both_ranks_move_no_bit(model_folder: Path, restore: Restore) 
         engine.generate(input_ids=filling, sampling_params={"max_new_tokens": 1})
         expected, digests = answers(), engine.digest()
         num_bytes = 32 * 400 * engine.resolved.kv_bytes_per_token
-        for number in range(NUM_CYCLES):
+        for number in range(2 * NUM_CYCLES):
             before = [resident_bytes(pid) for pid in (pid_of(engine), *rank_pids(engine))]
             engine.release_memory_occupation()
             after = [resident_bytes(pid) for pid in (pid_of(engine), *rank_pids(engine))]
             given_back = [one - other for one, other in zip(before, after, strict=True)]
-            assert number or all(each > 0.9 * num_bytes for each in given_back), (given_back, num_bytes)
-            engine.resume_memory_occupation(restore=restore)
+            assert number > 0 or all(each > 0.9 * num_bytes for each in given_back), (given_back, num_bytes)
+            engine.resume_memory_occupation(restore=("copy", "disk")[number % 2])
             assert answers() == expected
         assert engine.digest() == digests
 

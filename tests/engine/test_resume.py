@@ -14,13 +14,13 @@ from headrace.types.errors import RequestError
 from tests.engine.builders import CONTEXT_LENGTH, EOS_ID, LETTERS, VOCAB_SIZE
 
 PROMPT = list(b"the cat sat on the mat")
-LENGTH = 40
+LENGTH = 24
 KINDS: list[dict[str, Any]] = [
     {"presence_penalty": 1.5},
     {"frequency_penalty": 0.8},
     {"repetition_penalty": 1.4, "presence_penalty": -0.5, "frequency_penalty": 0.3},
     {"frequency_penalty": 0.7, "temperature": 0.0},
-    {"presence_penalty": 1.0, "min_new_tokens": 25, "stop_token_ids": list(range(ord("a"), ord("f")))},
+    {"presence_penalty": 1.0, "min_new_tokens": 15, "stop_token_ids": list(range(ord("a"), ord("f")))},
     {"frequency_penalty": 0.5, "top_k": 20, "top_p": 0.95, "min_p": 0.01},
 ]
 
@@ -109,7 +109,7 @@ def test_a_stop_string_complete_before_the_cut_is_passed_over(engine: Engine) ->
 
 def test_preempted_and_resumed_sequences_keep_their_counts(start: Callable[..., Engine]) -> None:
     """A pool that holds one and a half of them: sequences are preempted and computed again, the resumed ones too."""
-    roomy, tight = start(numerics="invariant"), start(numerics="invariant", kv_pool_tokens=96)
+    roomy, tight = start(numerics="invariant"), start(numerics="invariant", kv_pool_tokens=72)
     kind: dict[str, Any] = {"ignore_eos": True, "frequency_penalty": 0.8, "presence_penalty": 0.5}
     samples = [whole(roomy, seed=seed, **kind) for seed in range(6)]
     cuts = [5 + 3 * seed for seed in range(6)]

@@ -20,10 +20,10 @@ from tests.engine.builders import SETTINGS, model_of, named_tensors
 
 model = cache(model_of)
 PROMPTS = [
-    [(31 * row + 7 * column) % 250 + 1 for column in range(length)] for row, length in enumerate((3, 90, 200, 90))
+    [(31 * row + 7 * column) % 250 + 1 for column in range(length)] for row, length in enumerate((3, 45, 100, 45))
 ]
-STEM = PROMPTS[2][:120]
-PROMPTS += [STEM + [5, 6, 7], STEM + [8] * 40, PROMPTS[1]]
+STEM = PROMPTS[2][:60]
+PROMPTS += [STEM + [5, 6, 7], STEM + [8] * 20, PROMPTS[1]]
 VERSIONS = 4
 
 
@@ -65,7 +65,7 @@ def check(found: Generation, prompt: list[int], *, is_kept: bool) -> int:
 
 def start_requests(engine: Engine, found: dict[str, list[Generation]]) -> list[threading.Thread]:
     """Samples, two of each prompt and with scores, and scores alone, as threads that fill `found`."""
-    params = {"max_new_tokens": 24, "ignore_eos": True, "n": 2, "seed": 3}
+    params = {"max_new_tokens": 16, "ignore_eos": True, "n": 2, "seed": 3}
     calls: dict[str, Callable[[], list[Generation]]] = {
         "samples": lambda: engine.generate(input_ids=PROMPTS, sampling_params=params),
         "both": lambda: engine.generate(input_ids=PROMPTS, sampling_params=params, return_prompt_logprobs=True),
@@ -117,7 +117,7 @@ def meet_updates(engine: Engine, door: str, chance: random.Random) -> int:
     engine.update_weights_from_tensor(named_tensors(model(0)), version=0)
     threads = start_requests(engine, found)
     for serial in range(1, VERSIONS):
-        enough = engine.metrics()["num_steps"] + chance.randint(20, 120)
+        enough = engine.metrics()["num_steps"] + chance.randint(10, 60)
         while engine.metrics()["num_steps"] < enough and any(thread.is_alive() for thread in threads):
             pass
         update(engine, serial, door)

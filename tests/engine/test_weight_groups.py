@@ -119,9 +119,10 @@ def check_unusable(engine: Engine, session: UpdateSession) -> None:
     assert engine.is_alive and engine.generate(input_ids=[1], sampling_params=GREEDY)
 
 
-@pytest.mark.parametrize("is_bucket", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("inprocess", [False, True])
+@pytest.mark.parametrize(
+    ("inprocess", "dtype", "is_bucket"),
+    [(False, "float32", False), (False, "bfloat16", True), (True, "float32", True), (True, "bfloat16", False)],
+)
 def test_an_update_equals_one_from_tensors(
     spawned: Engine,
     start: Starter,
@@ -312,8 +313,10 @@ def test_buckets_join_one_update(
     assert spawned.digest() == expected
 
 
-@pytest.mark.parametrize("mode", ["shadow", "inplace"])
-@pytest.mark.parametrize("how", ["destroyed", "killed", "another name"])
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [("destroyed", "shadow"), ("destroyed", "inplace"), ("killed", "inplace"), ("another name", "shadow")],
+)
 def test_half_an_update_of_a_trainer_that_died_is_not_completed_by_the_next(
     spawned: Engine, trainers: list[TrainerProcess], trainer: TrainerProcess, how: str, mode: Any, new_folder: Path
 ) -> None:

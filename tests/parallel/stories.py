@@ -82,7 +82,7 @@ def generate_among(mesh: Mesh, folder: str, num_mates: int, settings: dict[str, 
     for slot in slots:
         story.enter(slot, tokens_of(100, 9) if slot == 0 else tokens_of(slot, 3 + slot), sampling=TokenSampling(1.0))
     story.prefill(slots, 64)
-    story.decode(slots, 11)
+    story.decode(slots, 5)
     return {"ids": story.ids[0], "logits": story.logits[0]}
 
 

@@ -13,7 +13,7 @@ from tests.parallel.pool import RankPool
 from tests.parity.models import CONFIGS, make_model, save_model
 
 TOLERANCE = 2e-4
-NUM_TOKENS = 12
+NUM_TOKENS = 5
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -31,6 +31,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 Folders = dict[tuple[str, int], str]
+UPDATES = [("llama-one-kv-head", "shadow"), ("qwen2-tied", "inplace"), ("mixtral", "shadow"), ("mixtral", "inplace")]
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +79,13 @@ def test_any_number_of_ranks_computes_the_same(pool: RankPool, folders: Folders,
     (expected,) = tell(1, 64, NUM_TOKENS)
     assert all(len(ids) == NUM_TOKENS for ids in expected["ids"].values()) and len(expected["ids"]) == 4
     assert {slot: len(scores) for slot, scores in expected["scores"].items()} == {0: 22, 2: 8}
-    for num_ranks in (2, 4):
-        check_ranks(tell(num_ranks, 64, NUM_TOKENS), expected)
-    (expected,) = tell(1, 5, 4)
-    check_ranks(tell(4, 5, 4), expected)
+    check_ranks(tell(2, 64, NUM_TOKENS), expected)
+    check_ranks(tell(4, 9, NUM_TOKENS), expected)
 
 
 def test_so_do_three_ranks(pool: RankPool, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 99}
-    arguments = {"folder": str(save_model(make_model("llama", **sizes), tmp_path)), "chunk": 9, "num_tokens": 8}
+    arguments = {"folder": str(save_model(make_model("llama", **sizes), tmp_path)), "chunk": 9, "num_tokens": 4}
     (expected,) = pool.run(1, "generate", **arguments, settings={})
     check_ranks(pool.run(3, "generate", **arguments, settings={}), expected)
 
@@ -101,7 +100,7 @@ def test_so_do_three_ranks(pool: RankPool, tmp_path: Path) -> None:
     ],
 )
 def test_other_kernels_do_too(pool: RankPool, folders: Folders, shape: str, settings: dict[str, Any]) -> None:
-    arguments = {"folder": folders[shape, 0], "chunk": 7, "num_tokens": 6, "settings": settings}
+    arguments = {"folder": folders[shape, 0], "chunk": 9, "num_tokens": 3, "settings": settings}
     (expected,) = pool.run(1, "generate", **arguments)
     check_ranks(pool.run(4, "generate", **arguments), expected)
 
@@ -136,8 +135,7 @@ def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numeric
     check_ranks(pool.run(2, "generate", **arguments, lengths=[5, 1]), expected)
 
 
-@pytest.mark.parametrize("shape", ["llama-biases", "qwen3_moe"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(("shape", "num_ranks"), [("llama-biases", 2), ("qwen3_moe", 4)])
 def test_with_invariant_numerics_batch_mates_move_no_bit(
     pool: RankPool, folders: Folders, shape: str, num_ranks: int
 ) -> None:
@@ -154,8 +152,7 @@ def test_with_invariant_numerics_batch_mates_move_no_bit(
     assert all(answer == answers[0][0] for ranks in answers for answer in ranks)
 
 
-@pytest.mark.parametrize("shape", ["llama-one-kv-head", "qwen2-tied", "mixtral"])
-@pytest.mark.parametrize("mode", ["shadow", "inplace"])
+@pytest.mark.parametrize(("shape", "mode"), UPDATES)
 def test_updates_give_the_bits_of_a_cold_start(pool: RankPool, folders: Folders, shape: str, mode: str) -> None:
     arguments = {"folder": folders[shape, 0], "other": folders[shape, 1], "mode": mode, "settings": {}}
     (expected,) = pool.run(1, "update", **arguments)
