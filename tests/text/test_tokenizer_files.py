@@ -100,13 +100,18 @@ def test_special_tokens_are_those_of_the_files_beside(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a<pad>b<extra>", False)) == "ab<extra>"
 
 
-def test_what_a_folder_gives_is_what_transformers_gives(tmp_path: Path) -> None:
-    write(tmp_path, digits_in_threes(), eos_token="<|im_end|>", pad_token="<pad>", extra_special_tokens=["<x>"])
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_a_folder_gives_is_what_transformers_gives(splits: bool, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "extra_special_tokens": ["<x>"]}
+    write(tmp_path, digits_in_threes(), **names, split_special_tokens=splits)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
     ours, theirs = load_backend(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for name in ("special_tokens_map", "chat_template", "bos_token_id", "eos_token_id", "is_fast"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.backend_tokenizer.get_vocab() == theirs.backend_tokenizer.get_vocab()
+    libraries = [each.backend_tokenizer for each in (ours, theirs)]
+    assert libraries[0].get_vocab() == libraries[1].get_vocab()
+    found, expected = (each.encode("a<|im_end|><x>b", add_special_tokens=False).ids for each in libraries)
+    assert found == expected and (len(found) == 4) == (not splits)
 
 
 def test_an_end_that_was_an_ordinary_added_token_is_special(tmp_path: Path) -> None:
