@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import sys
 from typing import Any
 
-_NAMES = ("_patch_lang", "GridExecutor", "interpreter_builder", "interpreter_semantic", "_get_np_dtype", "tl")
+_NAMES = (
+    "_patch_lang",
+    "_patch_builtin",
+    "GridExecutor",
+    "interpreter_builder",
+    "interpreter_semantic",
+    "_get_np_dtype",
+    "tl",
+)
 
 
 def quicken() -> None:
@@ -25,9 +34,12 @@ def quicken() -> None:
 @functools.cache
 def _quicken(interpreter: Any) -> None:
     _patch_once_a_launch(interpreter)
+    _remember_builtins(interpreter)
     _drop_unused_checks(interpreter)
     _keep_types(interpreter)
     _pass_equal_shapes(interpreter)
+    _unwrap_little(interpreter)
+    _make_handles_plainly(interpreter)
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:
@@ -48,6 +60,32 @@ def _patch_once_a_launch(interpreter: Any) -> None:
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch
+
+
+def _remember_builtins(interpreter: Any) -> None:
+    """What replaces the functions of a module or class is found among all its members, and made, but once."""
+    is_builtin, semantic = interpreter.tl.core.is_builtin, interpreter.interpreter_semantic
+    known: dict[Any, list[tuple[str, Any]]] = {}
+
+    def replacement(function: Any) -> Any:
+        while is_builtin(function) and hasattr(function, "__wrapped__"):  # it asks whether a kernel calls it
+            function = function.__wrapped__
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        return call
+
+    def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+        if package not in known:
+            members = inspect.getmembers(package)
+            known[package] = [(name, replacement(each)) for name, each in members if is_builtin(each)]
+        for name, replaced in known[package]:
+            if is_builtin(getattr(package, name)):  # and not replaced already
+                scope.set_attr(package, name, replaced)
+
+    interpreter._patch_builtin = patch_builtins
 
 
 def _drop_unused_checks(interpreter: Any) -> None:
@@ -106,3 +144,27 @@ def _pass_equal_shapes(interpreter: Any) -> None:
         return broadcast(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast_others
+
+
+def _unwrap_little(interpreter: Any) -> None:
+    """Most of what operations unwrap is not wrapped; most types that they compare are one."""
+    core = interpreter.tl.core
+    unwrap, are_equal = core._unwrap_if_constexpr, core.dtype.__eq__
+    plain = frozenset((int, float, bool, str, type(None), core.tensor))
+
+    def unwrap_others(value: Any) -> Any:
+        if type(value) is core.constexpr:
+            return value.value
+        return value if type(value) in plain else unwrap(value)
+
+    core._unwrap_if_constexpr = unwrap_others
+    core.dtype.__eq__ = lambda self, other: self is other or are_equal(self, other)
+
+
+def _make_handles_plainly(interpreter: Any) -> None:
+    """Without a check of what the interpreter itself has computed."""
+
+    def init_handle(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+
+    interpreter.TensorHandle.__init__ = init_handle

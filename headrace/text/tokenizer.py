@@ -26,14 +26,14 @@ _CHECK_LENGTH = 24
 
 
 class Tokenizer:
-    """Text to ids and back, over a fast tokenizer of `transformers`.
+    """Text to ids and back, over what a folder's files give or a fast tokenizer of `transformers`.
 
     `decode` never tidies spaces up, so that ids decode the same whatever stands around them. Like in every fast
     tokenizer, `spaces_between_special_tokens` is accepted and has no effect.
     """
 
     def __init__(self, backend: Any) -> None:
-        """Wrap a loaded `transformers` tokenizer; it must be a fast one."""
+        """Wrap a `FileTokenizer` or a loaded tokenizer of `transformers`; it must be a fast one."""
         if not getattr(backend, "is_fast", False):
             raise ConfigError(f"tokenizer {type(backend).__name__} is not a fast tokenizer", field="tokenizer")
         self._backend = backend

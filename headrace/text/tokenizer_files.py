@@ -9,6 +9,7 @@ from the files beside it, as transformers reads them. No code from a folder is e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -40,7 +41,31 @@ _VOCABULARIES = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 _SPACE = "\u2581"
 _SAMPLES = ("Hello, world", " two  spaces ", "line\n\tline", "12345 \u00e9\u4e16\U0001f642 \ufb01", "x = [1]; y")
-_PARTS = ("model", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTokenizer:
+    """What `Tokenizer` asks of a fast tokenizer of `transformers`, by the same names, without its import of over a
+    second."""
+
+    backend_tokenizer: Any
+    """Of the library `tokenizers`, with every added token."""
+
+    special_tokens_map: dict[str, str]
+    chat_template: str | dict[str, str] | None
+    is_fast = True
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id_of("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id_of("eos_token")
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens_map.get(name)
+        return None if token is None else self.backend_tokenizer.token_to_id(token)
 
 
 @contextlib.contextmanager
@@ -65,7 +90,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def load_backend(folder: Path) -> Any:
-    """The `transformers` tokenizer of a folder. Raises `ConfigError` naming the file and what is wrong with it."""
+    """A folder's tokenizer, a `FileTokenizer` or one of `transformers`. Raises `ConfigError` naming the file and what
+    is wrong with it."""
     try:
         files = read_token_files(folder)
         if is_there(folder / TOKENIZER_FILE):
@@ -83,7 +109,6 @@ def load_backend(folder: Path) -> Any:
 def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
     """What `tokenizer.json` says, with the further tokens and the names of special ones that the other files give."""
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
     file = folder / TOKENIZER_FILE
     parts = read_object(file, MAX_VOCABULARY_BYTES, VOCABULARY)
@@ -97,12 +122,9 @@ def _from_tokenizer_json(folder: Path, files: Mapping[str, Fields]) -> Any:
         raise ConfigError(f"{file} has an empty vocabulary", field="tokenizer")
     with library_faults(ConfigError, f"the tokenizer files in {folder} cannot be loaded", "tokenizer"):
         names = add_tokens(library, files)
-        backend = PreTrainedTokenizerFast(tokenizer_object=library, clean_up_tokenization_spaces=False, **names)
-        backend.chat_template = chat_template(folder, files[CONFIG])
-        for part in _PARTS:  # transformers puts an empty post-processor where there is none
-            setattr(backend.backend_tokenizer, part, getattr(library, part))
-    backend.backend_tokenizer.encode_special_tokens = files[CONFIG].values.get("split_special_tokens") is True
-    return backend
+        template = chat_template(folder, files[CONFIG])
+    library.encode_special_tokens = files[CONFIG].values.get("split_special_tokens") is True
+    return FileTokenizer(library, names, template)
 
 
 def _refuse_what_aborts(fields: Fields) -> None:
@@ -191,13 +213,13 @@ def _is_installed(package: str) -> bool:
 
 def _refuse_code(config: Mapping[str, Any]) -> None:
     """A class of the folder's own is refused; one that transformers has too only adds to what the files say."""
-    import transformers
-
     code, name = config.get("auto_map"), config.get("tokenizer_class")
     if isinstance(code, Mapping):
         code = code.get("AutoTokenizer")
     if not code:
         return
+    import transformers
+
     if not name or getattr(transformers, name, None) is None:
         message = f"{CONFIG}: auto_map asks for code ({shown(code)}), and no code from a folder is run"
         raise ConfigError(message, field="tokenizer")

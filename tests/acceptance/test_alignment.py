@@ -14,7 +14,7 @@ BATCH = 500
 
 def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(
-        max_new_tokens=rng.randint(0, 9),
+        max_new_tokens=rng.randint(0, 5),
         temperature=rng.choice([0.0, 0.7, 1.0]),
         top_k=rng.choice([-1, 5]),
         top_p=rng.choice([1.0, 0.8]),

@@ -91,13 +91,13 @@ def test_scoring_a_full_context_stays_within_its_workspace(engine_on: Callable[.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024, "KiB"
 
 
-def test_a_million_garbage_frames_never_raise_anything_else(engine_on: Callable[..., Engine]) -> None:
+def test_garbage_frames_never_raise_anything_else(engine_on: Callable[..., Engine]) -> None:
     codec = CommandCodec()
     rng = random.Random(7)
     request = Request(1, "rid", pack_ids([1, 2, 3]), 4, 5)
     seeds = [msgspec.msgpack.encode(m) for m in (Submit((request,)), Abort((1, 2)), Pause(1, "keep"), GetStatus(3))]
     num_refused = 0
-    for index in range(1_000_000):
+    for index in range(300_000):
         if index % 2:
             frame = rng.randbytes(rng.randrange(24))
         else:
@@ -108,4 +108,4 @@ def test_a_million_garbage_frames_never_raise_anything_else(engine_on: Callable[
             codec.decode(frame)
         except DECODE_ERRORS:
             num_refused += 1
-    assert num_refused > 600_000
+    assert num_refused > 180_000

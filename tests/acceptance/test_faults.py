@@ -128,8 +128,7 @@ def generate_apart(engine: Engine, crowd: list[list[int]]) -> list[list[int] | I
         return list(pool.map(call, crowd, params(len(crowd))))
 
 
-@DEPTHS
-@pytest.mark.parametrize("fatal_position", [0, 25])
+@pytest.mark.parametrize(("overlap_depth", "fatal_position"), [(0, 25), (1, 0), (3, 25), (3, 0)])
 def test_only_the_guilty_request_fails(
     engine_on: EngineOn, faults: Faults, overlap_depth: int, fatal_position: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from headrace import Engine, RequestError, SamplingParams
 from headrace.types.sampling_params import LogprobMode
@@ -18,10 +20,15 @@ GRID = list(itertools.product([0.0, 0.5, 1.0, 1.7], [1.0, 0.9, 0.5], [-1, 1, 8],
 PROMPT = [5, 17, 40, 3, 61]
 
 
+@functools.cache
+def reference_model() -> PreTrainedModel:
+    return tiny_model(0).double()
+
+
 def reference_logits(token_ids: list[int]) -> npt.NDArray[np.float64]:
     """float64 logits [len, vocab] of a teacher-forced pass."""
     with torch.inference_mode():
-        logits: torch.Tensor = tiny_model(0).double()(torch.tensor([token_ids])).logits[0]
+        logits: torch.Tensor = reference_model()(torch.tensor([token_ids])).logits[0]
     return logits.numpy()
 
 

@@ -20,9 +20,12 @@ from tests.acceptance.test_parity import VARIANTS
 from tests.acceptance.test_updates import manifest_of
 from tests.parity.models import make_model
 
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [30, 31, 32, 33, 34, 35, 36, 37]]
 OLD, NEW = (named_tensors(tiny_model(seed)) for seed in (0, 1))
+PLACES = [at for at, (name, _) in enumerate(NEW) if "layers.1." not in name or "q_proj" in name]
+"""Every kind of tensor, and both layers."""
+
 RANKS: dict[str, Any] = {"tp_size": 2, "device": "cpu"}
 LAYOUTS = [*((family, 1) for family in VARIANTS), *((family, 2) for family in ("llama", "qwen2", "qwen3_moe"))]
 Start = Callable[..., Engine]
@@ -66,7 +69,8 @@ def engine(folders: list[Path], request: pytest.FixtureRequest) -> Iterator[Engi
 
 def test_any_one_tensor_dropped_doubled_or_renamed_is_named(engine: Engine) -> None:
     before = engine.digest(), engine.version
-    for at, (name, tensor) in enumerate(NEW):
+    for at in PLACES:
+        name, tensor = NEW[at]
         others = [*NEW[:at], *NEW[at + 1 :]]
         for wrong, named in (
             (others, name),
@@ -104,7 +108,8 @@ def test_there_and_back_again_is_a_cold_load_each_time(
 def test_a_tensor_that_fails_on_one_rank_leaves_old_bits_or_nothing(engine: Engine, mode: UpdateMode) -> None:
     """Not a number is the last element, which only the second of two ranks looks at, of a tensor that they share."""
     before = engine.digest(), outputs(engine)
-    for at, (name, tensor) in enumerate(NEW):
+    for at in PLACES:
+        name, tensor = NEW[at]
         broken = tensor.clone()
         broken.view(-1)[-1] = torch.nan
         session = engine.begin_update("broken", manifest_of(NEW), mode=mode)

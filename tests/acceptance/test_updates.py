@@ -46,7 +46,8 @@ def test_a_failure_at_any_tensor_serves_old_bits_or_nothing(engine_on: Callable[
     new = named_tensors(tiny_model(1))
     before, digest = outputs(engine, SHORT), engine.digest()
     num_poisoned = 0
-    for count in range(len(new) + 1):
+    counts = [0, 1, *range(2, len(new), 2), len(new)]
+    for count in counts:
         session = engine.begin_update("broken", manifest_of(new), mode=mode)
         # Each tensor is staged on its own, so that it has reached the engine before the source breaks.
         for pair in new[:count]:
@@ -62,7 +63,7 @@ def test_a_failure_at_any_tensor_serves_old_bits_or_nothing(engine_on: Callable[
         num_poisoned += 1
         engine.update_weights_from_tensor(named_tensors(tiny_model(0)), version="healed")
         assert outputs(engine, SHORT) == before and engine.digest() == digest
-    assert num_poisoned == (len(new) if mode == "inplace" else 0)
+    assert num_poisoned == (len(counts) - 1 if mode == "inplace" else 0)
 
 
 def test_a_new_request_never_reads_old_kv(engine_on: Callable[..., Engine], folders: list[Path]) -> None:
@@ -91,7 +92,7 @@ class background_load:
         self.results: list[object] = []
 
     def _run(self) -> None:
-        params = SamplingParams(max_new_tokens=300, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=150, ignore_eos=True)
         self.results = list(self._engine.generate(input_ids=[[i + 3] * 20 for i in range(8)], sampling_params=params))
 
     def __enter__(self) -> background_load:
@@ -107,7 +108,7 @@ class background_load:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "length", "policies"), [(1, 240, get_args(InFlight)), (2, 160, ("keep", "recompute"))]
+    ("num_ranks", "length", "policies"), [(1, 180, get_args(InFlight)), (2, 110, ("keep", "recompute"))]
 )
 def test_spans_of_requests_that_cross_three_updates_each(
     engine_on: Callable[..., Engine], num_ranks: int, length: int, policies: tuple[InFlight, ...]

@@ -17,7 +17,7 @@ from headrace.engine import GenerateOptions
 from headrace.server.app import all_endpoints
 from headrace.server.options import ServerOptions
 from headrace.types import plain_values
-from tests.arch.source import ROOT, source_files
+from tests.arch.source import ROOT, nodes_of, source_files, tree_of
 
 DOCS = ROOT / "docs"
 QUOTED = re.compile(r"`([^`]+)`")
@@ -93,9 +93,8 @@ def test_every_name_that_is_answered_with_ours_is_marked() -> None:
 
 def literals(path: Path) -> list[str]:
     """Texts in a file, "…" where a value is put in."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
-    for node in ast.walk(tree):
+    for node in nodes_of(tree_of(path)):
         if isinstance(node, ast.JoinedStr):
             parts = (each.value if isinstance(each, ast.Constant) else "…" for each in node.values)
             found.append("".join(map(str, parts)))

@@ -110,7 +110,6 @@ def test_serve_beside_offline(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["offline_tokens_per_second"] != result["tokens_per_second"]
 
 
-@pytest.mark.usefixtures("cold_processes")
 def test_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "start", "--shape", "tiny", "--threads", "1", "--runs", "1", "--json"]) == 0
     result = _last_line(capsys)

@@ -21,6 +21,11 @@ POLICY = str(ROOT / "headrace" / "rl" / "policy")
 SMALL = ["--num-threads", "1", "--kv-pool-tokens", "4096"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(warm_processes: None) -> None:
+    """What a start imports is not what is tested."""
+
+
 def test_the_command_line_is_the_frozen_one() -> None:
     assert surface() == Path(__file__).with_name("cli_surface.txt").read_text(encoding="utf-8")
 

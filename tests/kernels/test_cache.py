@@ -18,12 +18,19 @@ from headrace.types.errors import ConfigError
 from tests.arch.source import ROOT, child_environment
 
 COMPILE = """
-import sys
+import os, sys
 from headrace.kernels.cache import CompileCounter, use_kernel_cache
 
+use_kernel_cache(None)
+assert "TRITON_CACHE_DIR" not in os.environ
 use_kernel_cache(sys.argv[1])
+use_kernel_cache(sys.argv[1])
+print(*(os.environ[n] for n in ("TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "TORCHINDUCTOR_CACHE_DIR")))
+assert not {"triton", "flashinfer"} & set(sys.modules)
 
 import triton
+assert triton.knobs.cache.dir == os.environ["TRITON_CACHE_DIR"]
+use_kernel_cache(sys.argv[1])
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -72,9 +79,13 @@ def test_a_built_kernel_is_found_again_at_another_path(tmp_path: Path) -> None:
     script = tmp_path / "compile_double.py"
     script.write_text(COMPILE, encoding="utf-8")
     here, there = tmp_path / "here", tmp_path / "there"
-    assert run_python(script, str(here)) == "1 0 True"
-    shutil.move(here, there)
-    assert run_python(script, str(there)) == "0 1 True"
+    for folder, counts in ((here, "1 0 True"), (there, "0 1 True")):
+        if folder == there:
+            shutil.move(here, there)
+        places, found = run_python(script, str(folder)).splitlines()
+        assert places.split() == [str(folder / name) for name in ("triton", "flashinfer", "inductor")]
+        assert all(Path(path).is_dir() for path in places.split()), "every library is pointed at a folder of its own"
+        assert found == counts
     assert not here.exists()
     assert {path.suffix for path in (there / "triton").glob("*/*double*")} == {".cubin", ".json", ".source"}
 
@@ -92,22 +103,6 @@ def test_half_a_kernel_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert CarriedCacheManager("KEY").get_group("b.json") is None
     Path(moved["a.cubin"]).unlink()
     assert CarriedCacheManager("KEY").get_group("a.json") is None
-
-
-def test_every_library_is_pointed_at_a_subfolder(tmp_path: Path) -> None:
-    found = run_python(
-        "import os, sys; from headrace.kernels.cache import use_kernel_cache\n"
-        "use_kernel_cache(None); assert 'TRITON_CACHE_DIR' not in os.environ\n"
-        "use_kernel_cache(sys.argv[1]); use_kernel_cache(sys.argv[1])\n"
-        "print(*(os.environ[n] for n in"
-        " ('TRITON_CACHE_DIR', 'FLASHINFER_WORKSPACE_BASE', 'TORCHINDUCTOR_CACHE_DIR')))\n"
-        "assert not {'triton', 'flashinfer'} & set(sys.modules)\n"
-        "import triton; assert triton.knobs.cache.dir == os.environ['TRITON_CACHE_DIR']\n"
-        "use_kernel_cache(sys.argv[1])",
-        str(tmp_path / "k"),
-    )
-    assert found.split() == [str(tmp_path / "k" / name) for name in ("triton", "flashinfer", "inductor")]
-    assert all(Path(path).is_dir() for path in found.split())
 
 
 def test_it_is_too_late_once_triton_is_imported(tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ def test_against_the_oracle(name: str, dtype: torch.dtype, num_tokens: int) -> N
 @pytest.mark.parametrize("width", [40, 176, 1000, 2560])
 def test_invariant_rows_have_the_same_bits_in_any_batch(width: int, num_threads: int) -> None:
     kernels = select_kernels("invariant")
-    x = random(50, width, seed=6)
+    x = random(33, width, seed=6)
     generator = torch.Generator().manual_seed(width)
     for label, run in operations(torch.float32, width).items():
-        alone = torch.cat([run(kernels, x[row : row + 1]) for row in range(50)])
-        for num_rows in (1, 2, 7, 15, 16, 17, 33, 50):
-            order = torch.randperm(50, generator=generator)[:num_rows]
+        alone = torch.cat([run(kernels, x[row : row + 1]) for row in range(33)])
+        for num_rows in (2, 7, 15, 16, 17, 33):
+            order = torch.randperm(33, generator=generator)[:num_rows]
             assert torch.equal(run(kernels, x[order]), alone[order]), f"{label}, {num_rows} rows"
 
 

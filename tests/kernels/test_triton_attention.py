@@ -97,14 +97,14 @@ def test_mixed_steps_against_the_oracle(
 @pytest.mark.parametrize("pool_dtype", [torch.float32, FLOAT8])
 def test_scores_are_scaled_as_the_shape_says(pool_dtype: torch.dtype) -> None:
     """Decode rows, chunks and groups that share pages; whole, cut and merged contexts."""
-    case = Case(4, 2, 64, 16, torch.float32, 5, longest=200, shared=4, pool_dtype=pool_dtype, shape=ScaledShape)
+    case = Case(2, 1, 64, 16, torch.float32, 5, longest=200, shared=4, pool_dtype=pool_dtype, shape=ScaledShape)
     case.check([(0, 70, 1), (1, 80, 1), (2, 63, 1), (3, 199, 1), (4, 1, 1)], [(0, 2, 4)], 1e-5)
     case.check([(3, 70, 1), (0, 0, 11), (1, 65, 40)], [], 1e-5)
 
 
 @pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])
 def test_groups_read_shared_pages_once_and_agree(pool_dtype: torch.dtype) -> None:
-    case = Case(4, 2, 64, 16, HALF, num_rows=6, longest=200, shared=8, pool_dtype=pool_dtype)
+    case = Case(2, 1, 64, 16, HALF, num_rows=6, longest=200, shared=8, pool_dtype=pool_dtype)
     case.check([(row, 128 + 12 * row, 1) for row in range(6)], [(0, 6, 8)], 2e-2)
     case.check([(0, 140, 1), *[(row, 150, 1) for row in range(1, 6)]], [(1, 3, 7), (4, 2, 8)], 2e-2)
 
@@ -112,7 +112,7 @@ def test_groups_read_shared_pages_once_and_agree(pool_dtype: torch.dtype) -> Non
 @pytest.mark.usefixtures("dot_by_rows")
 @pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])
 def test_fixed_split_bits_depend_on_the_token_alone(pool_dtype: torch.dtype) -> None:
-    case = Case(4, 2, 64, 16, HALF, num_rows=4, longest=200, shared=8, pool_dtype=pool_dtype)
+    case = Case(2, 1, 64, 16, HALF, num_rows=4, longest=200, shared=8, pool_dtype=pool_dtype)
     rows = [(row, 128 + 12 * row, 1) for row in range(4)]
     expected = case.run(rows, [], case.q[:4], 64, ONE)
     assert torch.equal(case.run(rows, [(0, 4, 8)], case.q[:4], 64, ONE), expected)

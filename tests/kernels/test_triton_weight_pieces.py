@@ -76,15 +76,17 @@ def test_pieces_anywhere_are_copied_and_summed(dtype: torch.dtype, copies: bool,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("at", [0, -1])
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("places", [(0, 3, 5), (2, 3, 4)])
 @pytest.mark.parametrize("sums", [True, False])
-def test_what_is_not_finite_shows_in_its_piece(dtype: torch.dtype, at: int, value: float, sums: bool) -> None:
+def test_what_is_not_finite_shows_in_its_piece(dtype: torch.dtype, places: tuple[int, ...], sums: bool) -> None:
+    """Each value is first in a piece and last in another."""
     pieces = pieces_of(dtype, copies=True)
     for piece in pieces:
         piece.source[...] = torch.finfo(dtype).max  # all bits but one of the exponent, and all of the rest
-    pieces[3].source[at] = value
-    assert move_pieces(pieces, WORDS, sums=sums)[:, 2].tolist() == [0, 0, 0, 1, 0, 0]
+    first, values = places[0] == 0, (float("inf"), -float("inf"), float("nan"))
+    for number, (place, value) in enumerate(zip(places, values, strict=True)):
+        pieces[place].source[0 if (number % 2 == 0) == first else -1] = value
+    assert move_pieces(pieces, WORDS, sums=sums)[:, 2].tolist() == [int(place in places) for place in range(6)]
     for source, target, _ in pieces:
         assert target is not None and torch.equal(source.view(torch.int8), target.view(torch.int8))
 

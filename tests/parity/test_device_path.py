@@ -60,7 +60,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    model = make_model("qwen3", attention_bias=True, **SIZES)
+    model = make_model("qwen3", attention_bias=True, num_hidden_layers=1, **SIZES)
     return model, save_model(model, tmp_path_factory.mktemp("tiny"))
 
 
@@ -292,12 +292,13 @@ def test_the_canary_tells_a_guilty_request_from_a_lost_device(
         check_device(LocalExecutor(runner), StepError(1, RuntimeError("x")), 0)
 
 
-def test_layers_of_several_kv_groups(checkpoint: Checkpoint) -> None:
+def test_layers_of_several_kv_groups(tmp_path: Path) -> None:
     """A layer that is rotated in another way has a pool, and a part of the metadata, of its own."""
+    folder = save_model(make_model("qwen3", attention_bias=True, **SIZES), tmp_path)
     found: list[list[StepResult]] = []
     for backend in ("triton", "cpu"):
         settings = {**_device_settings(), "attention_backend": backend}
-        resolved = resolve(EngineConfig(model=str(checkpoint[1]), **settings), checkpoint[1])
+        resolved = resolve(EngineConfig(model=str(folder), **settings), folder)
         first, *others = resolved.model.layers
         attention = replace(first.attention, rope=replace(first.attention.rope, theta=50.0))
         model = replace(resolved.model, layers=(replace(first, attention=attention), *others))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return make_model("qwen3", **SIZES)
+    return make_model("qwen3", num_hidden_layers=1, **SIZES)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ FIELDS = {
     "digest_match",
     "output_dir",
 }
-STEPS, GROUPS, SIZE = 7, 4, 4
+STEPS, GROUPS, SIZE = 6, 4, 4
 
 
 def _options(folder: Path, **changes: Any) -> DemoOptions:

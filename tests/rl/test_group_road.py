@@ -128,7 +128,7 @@ def test_pushes_leave_nothing(engine: Engine, client: Client, new: Tensors) -> N
     pusher = WeightPusher(client, address=HERE)
     pusher.push(new, "first")
     found = []
-    for number in range(8):
+    for number in range(5):
         found.append(settled(engine))
         pusher.push(new, number)
     grown = [now > then for now, then in zip(sum(settled(engine), ()), sum(found[1], ()), strict=True)]

@@ -250,7 +250,7 @@ def test_nothing_that_is_stored_is_run(homes: dict[str, Path], source: Path, tmp
 
 def test_mutated_metadata_is_refused_or_read(source: Path) -> None:
     data, chance, num_refused = (source / "dcp" / ".metadata").read_bytes(), random.Random(5), 0
-    for _ in range(300):
+    for _ in range(150):
         broken = bytearray(data)
         for _ in range(chance.randint(1, 3)):
             place = chance.randrange(len(broken))
@@ -265,7 +265,7 @@ def test_mutated_metadata_is_refused_or_read(source: Path) -> None:
             read_metadata(bytes(broken), "mutated")
         except CheckpointError:
             num_refused += 1
-    assert num_refused > 200
+    assert num_refused > 100
 
 
 def test_the_command_reports_and_refuses(

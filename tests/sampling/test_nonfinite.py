@@ -72,8 +72,10 @@ def sampled_on_device(sampler: DeviceSampler, logits: np.ndarray, position: int)
     return logprobs.tolist(), tokens.tolist()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("sampling", "mode"),
+    [(sampling, mode) for number, sampling in enumerate(SAMPLINGS) for mode in ("sampled", MODES[number % 2])],
+)
 def test_a_sampled_row_that_is_not_finite_is_nan(sampling: str, mode: LogprobMode) -> None:
     """Each between two rows that are finite."""
     num_rows = 2 * len(FAULTS) + 1
@@ -140,8 +142,13 @@ EXTREMES: dict[str, tuple[Any, ...]] = {
 }
 
 
-TEMPERATURES = [*((name, value) for name in EXTREMES for value in (0.0, GREEDY_TEMPERATURE)), ("logit_bias", 1e4)]
-"""What is divided by the least may overflow; by the greatest, nothing."""
+TRUNCATIONS = ("top_p", "top_k", "min_p")
+TEMPERATURES = [
+    *((name, 0.0) for name in EXTREMES if name not in TRUNCATIONS),
+    *((name, GREEDY_TEMPERATURE) for name in EXTREMES),
+    ("logit_bias", 1e4),
+]
+"""What is divided by the least may overflow; by the greatest, nothing. A greedy row is not truncated."""
 
 
 @pytest.mark.parametrize(("name", "temperature"), TEMPERATURES)

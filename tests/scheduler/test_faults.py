@@ -19,6 +19,7 @@ from tests.scheduler.harness import Harness, random_limits
 from tests.scheduler.test_properties import NAMES, play_event
 
 NUM_SEQUENCES = 170
+NUM_FAILING = 110
 EVENTS = [name for name in NAMES if name not in ("lose_step", "fail", "expire")]
 
 
@@ -115,7 +116,7 @@ def check_verdicts(harness: FailingHarness) -> int:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_only_culprits_fail_whatever_else_happens(depth: int) -> None:
     num_condemned = num_failures = num_whole = 0
-    for seed in range(NUM_SEQUENCES):
+    for seed in range(NUM_FAILING):
         harness = play_failures(4 * seed + depth, depth)
         found = check_verdicts(harness)
         metrics = harness.scheduler.metrics()
@@ -123,7 +124,7 @@ def test_only_culprits_fail_whatever_else_happens(depth: int) -> None:
         assert metrics["num_failed_steps"] == harness.num_failures and metrics["num_invariant_breaches"] == 0
         num_condemned, num_failures = num_condemned + found, num_failures + harness.num_failures
         num_whole += int(metrics["num_finished"])
-    assert num_condemned > 30 and num_failures > 300 and num_whole > 300
+    assert num_condemned > 20 and num_failures > 194 and num_whole > 194
 
 
 def raise_once(owner: Any, name: str, *, after: bool) -> Callable[[], bool]:

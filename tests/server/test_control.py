@@ -140,7 +140,7 @@ def test_a_request_aborted_in_the_queue_is_complete(start: START) -> None:
 @pytest.mark.parametrize("mode", ["in_place", "recompute"])
 def test_pausing_holds_requests_and_continuing_finishes_them(start: START, mode: str) -> None:
     served = start()
-    expected = served.generate(input_ids=[9, 8], sampling_params={**LONG, "max_new_tokens": 300})["output_ids"]
+    expected = served.generate(input_ids=[9, 8], sampling_params={**LONG, "max_new_tokens": 150})["output_ids"]
 
     async def pause(client: httpx.AsyncClient) -> None:
         reply = await client.post("/pause_generation", json={"mode": mode})
@@ -153,7 +153,7 @@ def test_pausing_holds_requests_and_continuing_finishes_them(start: START, mode:
         assert reply.json() == {"message": "Generation continued successfully.", "status": "ok"}
         assert (await client.get("/ready")).status_code == 200
 
-    body = {"input_ids": [9, 8], "sampling_params": {**LONG, "max_new_tokens": 300}}
+    body = {"input_ids": [9, 8], "sampling_params": {**LONG, "max_new_tokens": 150}}
     assert run_beside(served, body, pause).json()["output_ids"] == expected
 
 

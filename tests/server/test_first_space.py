@@ -42,7 +42,7 @@ def spaced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def hello(served: Served) -> list[int]:
     tokenizer = served.engine.asynchronous.tokenizer
     assert tokenizer is not None
-    return [tokenizer._backend.convert_tokens_to_ids(WORDS[0])]
+    return [tokenizer._library.token_to_id(WORDS[0])]
 
 
 def test_python_text_and_ids(spaced: Served) -> None:

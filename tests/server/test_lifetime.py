@@ -138,7 +138,7 @@ def test_a_stream_whose_core_is_killed_ends_with_a_typed_error(start: START) -> 
 
 def test_stopping_lets_requests_finish_and_refuses_new_ones(start: START) -> None:
     served = start()
-    body: dict[str, Any] = {"input_ids": [1, 2], "sampling_params": {**LONG, "max_new_tokens": 300}}
+    body: dict[str, Any] = {"input_ids": [1, 2], "sampling_params": {**LONG, "max_new_tokens": 180}}
     expected = served.generate(**body)["output_ids"]
 
     async def drain() -> tuple[Any, Any, Any]:

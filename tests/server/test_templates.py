@@ -28,7 +28,7 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_template_that_loops_stops_nobody(folder: Path, start: START, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "RENDER_SECONDS", 2.0)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1.0)
     served = start(folder)
 
     def post(path: str, content: str) -> httpx.Response:
@@ -44,7 +44,7 @@ def test_a_template_that_loops_stops_nobody(folder: Path, start: START, monkeypa
     for each in looping:
         reply = each.result()
         assert (reply.status_code, reply.json()["param"]) == (400, "messages")
-        assert "within 2 s" in reply.json()["message"]
+        assert "within 1 s" in reply.json()["message"]
 
 
 def test_a_server_that_stops_waits_for_no_template(folder: Path, start: START, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -441,15 +441,16 @@ def test_level_1_keeps_the_weights_where_the_engine_does(start: START) -> None:
 class Generating:
     """A long request in the background."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, num_tokens: int = 600) -> None:
         self.replies: list[Any] = []
+        self.params = {**LONG, "max_new_tokens": num_tokens}
         self.thread = threading.Thread(target=self._run, args=(served,))
         self.thread.start()
         while served.engine.metrics()["num_running"] < 1:
             pass
 
     def _run(self, served: Served) -> None:
-        self.replies.append(served.generate(rid="long", input_ids=[1, 2], sampling_params=LONG))
+        self.replies.append(served.generate(rid="long", input_ids=[1, 2], sampling_params=self.params))
 
     def finish(self) -> str:
         self.thread.join(60)
@@ -463,7 +464,7 @@ class Generating:
 @pytest.mark.parametrize("way", ["/pause", "/sleep"])
 def test_what_becomes_of_requests_in_flight(start: START, way: str, mode: str | None, finish: str) -> None:
     served = start()
-    request = Generating(served)
+    request = Generating(served, 250 if finish == "length" else 600)
     query: dict[str, Any] = {} if mode is None else {"mode": mode}
     if way == "/pause":
         assert post(served, way, **query) == (200, {"status": "paused"})
@@ -481,7 +482,7 @@ def test_what_becomes_of_requests_in_flight(start: START, way: str, mode: str | 
 
 def test_a_reset_of_running_requests_ends_no_pause_and_makes_none(start: START) -> None:
     served = start()
-    request = Generating(served)
+    request = Generating(served, 250)
     assert post(served, "/reset_prefix_cache", reset_running_requests=True) == (200, {"success": True})
     assert served.http.get("/is_paused").json() == {"is_paused": False}
     assert post(served, "/pause", mode="keep", clear_cache=False)[0] == 200

@@ -7,6 +7,7 @@ import pytest
 
 from bench.simulated_workloads import MEASURED, simulate_workload
 from headrace.bench.workloads import make_workload
+from headrace.simulation import simulator
 from headrace.simulation.figures import RunFigures
 from headrace.simulation.front_model import FrontCosts
 from headrace.simulation.options import SimulationOptions
@@ -92,7 +93,8 @@ def test_requests_wait_while_every_replica_is_gone() -> None:
 
 
 @pytest.mark.parametrize("mtbf_hours", [1e-12, 1e-300])
-def test_where_nothing_ever_ends_it_is_said(mtbf_hours: float) -> None:
+def test_where_nothing_ever_ends_it_is_said(mtbf_hours: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "_MAX_IN_VAIN", 100)
     with pytest.raises(ConfigError, match="before any answer ends") as caught:
         simulate(2, mtbf_hours=mtbf_hours, restart_seconds=0.1)
     assert caught.value.field == "mtbf_hours"

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from tokenizers import Regex, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
+from transformers import PreTrainedTokenizerFast
 
 from headrace.text import Tokenizer
+from headrace.text import tokenizer as tokenizer_of
 from headrace.text.tokenizer_files import load_backend
 from headrace.types.errors import ConfigError, RequestError
 from tests.text import builders
@@ -98,6 +100,20 @@ def test_special_tokens_are_those_of_the_files_beside(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a<pad>b<extra>", False)) == "ab<extra>"
 
 
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_a_folder_gives_is_what_transformers_gives(splits: bool, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "extra_special_tokens": ["<x>"]}
+    write(tmp_path, digits_in_threes(), **names, split_special_tokens=splits)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    ours, theirs = load_backend(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for name in ("special_tokens_map", "chat_template", "bos_token_id", "eos_token_id", "is_fast"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    libraries = [each.backend_tokenizer for each in (ours, theirs)]
+    assert libraries[0].get_vocab() == libraries[1].get_vocab()
+    found, expected = (each.encode("a<|im_end|><x>b", add_special_tokens=False).ids for each in libraries)
+    assert found == expected and (len(found) == 4) == (not splits)
+
+
 def test_an_end_that_was_an_ordinary_added_token_is_special(tmp_path: Path) -> None:
     write(tmp_path, digits_in_threes(), eos_token="<tool_call>")
     tokenizer = Tokenizer.load(tmp_path)
@@ -126,7 +142,8 @@ def mutations(library: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
             yield "tokenizer.json", name, faulty
 
 
-def test_a_fault_is_named_by_its_file_and_never_a_raw_error(tmp_path: Path) -> None:
+def test_a_fault_is_named_by_its_file_and_never_a_raw_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_of, "_NUM_CHECKS", 2)  # of how ids are decoded, which no fault here is about
     kept = json.loads(write(tmp_path, builders.byte_level().backend_tokenizer).joinpath("tokenizer.json").read_text())
     write(tmp_path, builders_library(kept))
     intact = {file: file.read_bytes() for file in tmp_path.iterdir()}

@@ -258,30 +258,30 @@ def test_mutated_calls_are_read_alike_however_they_are_cut() -> None:
 @pytest.mark.parametrize(
     ("style", "unit", "num_units"),
     [
-        ("hermes", " ", 80_000),
-        ("hermes", "<tool_call>", 20_000),
-        ("hermes", '<tool_call>{"', 20_000),
-        ("hermes", '<tool_call>{"a": "\\', 12_000),
-        ("hermes", H, 6_000),
-        ("hermes", f"{A},", 6_000),
-        ("hermes", "<tool_call>{", 20_000),
-        ("hermes", "<think></think>", 16_000),
-        ("llama", f"{A};", 6_000),
-        ("llama", "{[", 40_000),
-        ("mistral", "[TOOL_CALLS][", 20_000),
-        ("mistral", "[TOOL_CALLS]add", 16_000),
-        ("mistral", '[TOOL_CALLS]add[ARGS]{"', 10_000),
-        ("mistral", "[", 80_000),
+        ("hermes", " ", 40_000),
+        ("hermes", "<tool_call>", 10_000),
+        ("hermes", '<tool_call>{"', 10_000),
+        ("hermes", '<tool_call>{"a": "\\', 6_000),
+        ("hermes", H, 3_000),
+        ("hermes", f"{A},", 3_000),
+        ("hermes", "<tool_call>{", 10_000),
+        ("hermes", "<think></think>", 8_000),
+        ("llama", f"{A};", 3_000),
+        ("llama", "{[", 20_000),
+        ("mistral", "[TOOL_CALLS][", 10_000),
+        ("mistral", "[TOOL_CALLS]add", 8_000),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"', 5_000),
+        ("mistral", "[", 40_000),
     ],
 )
 def test_the_work_grows_with_the_length_only(style: Style, unit: str, num_units: int) -> None:
     """Long texts, whole and by small pieces, of every kind that makes the reader look back."""
     text = ("<tool_call>" if unit.startswith("{") and style == "hermes" else "") + unit * num_units
-    started = time.monotonic()
+    started = time.thread_time()
     whole = parse(style, [text])
     assert parse(style, [text[start : start + 7] for start in range(0, len(text), 7)]) == whole
     assert len(whole[1]) <= MAX_CALLS
-    assert time.monotonic() - started < 60
+    assert time.thread_time() - started < 15
 
 
 def test_hostile_json_is_text() -> None:

@@ -15,7 +15,7 @@ from headrace.types.plan_words import decode, encode
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
 
-NUM_PLANS = 4000
+NUM_PLANS = 2000
 MOST = (1 << 31) - 1
 MODES: list[LogprobMode] = ["raw", "temperature", "sampled"]
 

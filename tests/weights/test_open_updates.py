@@ -67,7 +67,7 @@ def test_random_buckets_end_as_a_cold_load_or_in_the_old_weights(kind: str, mode
     weight_map, ways = worlds_of(kind, 0)
     store = make_store(weight_map, ways[0])
     live, ends = store.digest(), {"committed": 0, "aborted": 0}
-    for number in range(1, 60):
+    for number in range(1, 48):
         ways = worlds_of(kind, number)[1]
         tensors = chance.choice(ways)
         new = make_store(weight_map, ways[0]).digest()
@@ -271,7 +271,7 @@ class CountingMap(WeightMap):
 
 def test_each_tensor_is_planned_once_and_the_next_update_in_the_same_buckets_not_again() -> None:
     """No bucket walks through those before it, or through the map."""
-    num, size = 2000, 20
+    num, size = 800, 20
     names = [f"w{number}" for number in range(num)]
     weight_map = CountingMap(
         [ParamSpec("all", (num, 1))], [whole_rows(name, "all", row, (1, 1)) for row, name in enumerate(names)]

@@ -308,7 +308,7 @@ def play_stage(machine: WeightMachine, model: Model, session_id: int, index: int
 def test_random_event_sequences_agree_with_the_model() -> None:
     outcomes = {"ready": 0, "updating": 0, "poisoned": 0, "needs_weights": 0}
     num_commits = 0
-    for seed in range(10_000):
+    for seed in range(4_000):
         chance = random.Random(seed)
         machine, model = WeightMachine(FreeWeights()), Model()
         for _ in range(chance.randint(1, 24)):
@@ -321,7 +321,7 @@ def test_random_event_sequences_agree_with_the_model() -> None:
             assert machine.epoch - epoch in (0, 1)
             num_commits += machine.epoch - epoch
         outcomes[machine.state] += 1
-    assert min(outcomes.values()) > 200 and num_commits > 500
+    assert min(outcomes.values()) > 80 and num_commits > 200
 
 
 def test_random_event_sequences_keep_live_memory_one_version() -> None:
