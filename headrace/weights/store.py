@@ -14,11 +14,11 @@ from functools import cached_property, partial
 import torch
 
 from headrace.ipc import SharedBuffer
+from headrace.parallel.device_sharing import readable_devices
 from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import Payload
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.arriving import Arriving, together
-from headrace.weights.device_sharing import readable_devices
 from headrace.weights.device_staging import DeviceCopies
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
