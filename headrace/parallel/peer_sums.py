@@ -29,10 +29,11 @@ _NO_HANDLE = bytes(64)
 
 
 class Lane(NamedTuple):
-    """Launches of one kind: how many programs each has, and the bytes of the largest sum."""
+    """Launches of one kind: how many programs each has, and the bytes of a slot; without flags its sums go by words."""
 
     num_programs: int
     slot_bytes: int
+    has_flags: bool
 
     def slots_bytes(self, num_ranks: int) -> int:
         """Of one rank."""
@@ -40,10 +41,10 @@ class Lane(NamedTuple):
 
     def flags_bytes(self, num_ranks: int) -> int:
         """Of one rank."""
-        return 4 * num_ranks * self.num_programs
+        return 4 * num_ranks * self.num_programs if self.has_flags else 0
 
 
-LANES = (Lane(8, 64 << 10), Lane(128, 32 << 20))
+LANES = (Lane(32, 128 << 10, has_flags=False), Lane(128, 32 << 20, has_flags=True))
 
 
 class PeerSums:
@@ -56,11 +57,12 @@ class PeerSums:
     @property
     def capacity(self) -> int:
         """Bytes of the largest sum that there is room for."""
-        return self._memories[-1].slot_bytes
+        return self._memories[-1].max_bytes
 
     def takes(self, values: Tensor, out: Tensor) -> bool:
         """Whether such a sum is to be had: of one shape, contiguous, and not too large."""
-        fits = 0 < values.nbytes <= self.max_bytes and values.dtype == out.dtype in _DTYPES
+        fits = 0 < values.nbytes <= self.max_bytes and values.shape[-1] % 2 == 0
+        fits = fits and values.dtype == out.dtype in _DTYPES
         lies_well = all(each.is_contiguous() and each.data_ptr() % _ALIGNMENT == 0 for each in (values, out))
         return fits and lies_well and values.shape == out.shape
 
@@ -68,7 +70,7 @@ class PeerSums:
         """As `rank_sums.sum_over_ranks`, enqueued."""
         from headrace.kernels.triton.rank_sums import sum_over_ranks
 
-        memory = next(each for each in self._memories if values.nbytes <= each.slot_bytes)
+        memory = next(each for each in self._memories if values.nbytes <= each.max_bytes)
         sum_over_ranks(memory, self._rank, values, out, bias_X, adds=adds, pdl=True)
 
     def abort(self) -> None:
@@ -140,8 +142,10 @@ def _memories(addresses: Sequence[int], device: torch.device, stop: Tensor) -> l
     for lane in LANES:
         slots = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
         start += lane.slots_bytes(num_ranks)
-        flags = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
-        start += lane.flags_bytes(num_ranks)
+        flags = None
+        if lane.has_flags:
+            flags = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
+            start += lane.flags_bytes(num_ranks)
         num_launches = torch.zeros(lane.num_programs, dtype=torch.int32, device=device)
         found.append(RankMemory(slots, flags, num_launches, stop, lane.slot_bytes))
     return found
