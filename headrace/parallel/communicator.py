@@ -38,6 +38,10 @@ class Communicator(Protocol):
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """Those of every rank, all of one shape (with at least one axis), by rank."""
 
+    def exchange(self, values: Tensor) -> list[Tensor]:
+        """Of each rank's values, cut along the first axis into as many equal parts as there are ranks, that which is
+        for this one, by rank."""
+
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         """The sum, least or greatest over the ranks, in place; all get the same bits."""
 
@@ -64,6 +68,9 @@ class OnlyRank:
         _add_(residual_TX, partial_TX, bias_X)
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
+        return [values]
+
+    def exchange(self, values: Tensor) -> list[Tensor]:
         return [values]
 
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
@@ -102,6 +109,7 @@ class GroupCommunicator:
             options.reduceOp = getattr(c10d.ReduceOp, name.upper())
             self._reductions[name] = options
         self._gathering = _limited(c10d.AllgatherOptions(), limit)
+        self._exchanging = _limited(c10d.AllToAllOptions(), limit)
         self._broadcasts = []
         for rank in range(self._num_ranks):
             options = _limited(c10d.BroadcastOptions(), limit)
@@ -129,6 +137,11 @@ class GroupCommunicator:
         source = values.contiguous()
         _wait(lambda: self._group._allgather_base(found, source, self._gathering))
         return list(found.chunk(self._num_ranks)) if len(values) else [values] * self._num_ranks
+
+    def exchange(self, values: Tensor) -> list[Tensor]:
+        source, found = values.contiguous(), torch.empty_like(values)
+        _wait(lambda: self._group.alltoall_base(found, source, [], [], self._exchanging))
+        return list(found.chunk(self._num_ranks))
 
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         if reduction == "sum" and self._peers is not None and self._peers.sums.takes(values, values):

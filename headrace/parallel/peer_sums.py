@@ -44,7 +44,12 @@ class Lane(NamedTuple):
         return 4 * num_ranks * self.num_programs if self.has_flags else 0
 
 
-LANES = (Lane(32, 128 << 10, has_flags=False), Lane(128, 32 << 20, has_flags=True))
+LANES = (
+    Lane(32, 128 << 10, has_flags=False),
+    Lane(256, 1 << 20, has_flags=False),
+    Lane(256, 8 << 20, has_flags=True),
+)
+"""The last takes what NCCL would take as long for, on two H200 (docs/benchmarks.md)."""
 
 
 class PeerSums:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.config import EngineConfig, resolve
 from headrace.parallel import Mesh
-from headrace.runner import Runner, build_runner
+from headrace.runner import Runner, build_runner, launches
 from headrace.runner.device_runner import DeviceRunner
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobOptions
@@ -43,6 +43,15 @@ def make(mesh: Mesh, folder: str, **settings: Any) -> Any:
     ranks = {"tp_size": mesh.num_ranks, "pp_size": mesh.num_stages}
     resolved = resolve(EngineConfig(model=folder, **(SETTINGS | ranks | settings)), Path(folder))
     return build_runner(resolved, mesh=mesh)
+
+
+def generate_in_shares(mesh: Mesh, **arguments: Any) -> Any:
+    """As `generate`, each rank sampling its share of the rows, however few."""
+    before, launches.MIN_SHARED_ROWS = launches.MIN_SHARED_ROWS, 1
+    try:
+        return generate(mesh, **arguments)
+    finally:
+        launches.MIN_SHARED_ROWS = before
 
 
 def tokens_of(seed: int, length: int) -> list[int]:

@@ -134,6 +134,7 @@ def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numeric
     arguments = {"folder": str(folder), "chunk": 4, "num_tokens": 2, "settings": settings | {"max_running_requests": 4}}
     (expected,) = pool.run(1, "generate", **arguments, lengths=[5, 1])
     check_ranks(pool.run(2, "generate", **arguments, lengths=[5, 1]), expected)
+    check_ranks(pool.run(2, "generate_in_shares", **arguments, lengths=[5, 1]), expected)
 
 
 @pytest.mark.parametrize("shape", ["llama-biases", "qwen3_moe"])
