@@ -45,11 +45,17 @@ def make(mesh: Mesh, folder: str, **settings: Any) -> Any:
     return build_runner(resolved, mesh=mesh)
 
 
-def generate_in_shares(mesh: Mesh, **arguments: Any) -> Any:
-    """As `generate`, each rank sampling its share of the rows, however few."""
+def sample_in_shares(mesh: Mesh, folder: str, settings: dict[str, Any], num_rows: int, top_k: int) -> Any:
+    """Random tokens of as many prompts, of which each rank samples its share, however few."""
     before, launches.MIN_SHARED_ROWS = launches.MIN_SHARED_ROWS, 1
     try:
-        return generate(mesh, **arguments)
+        story, slots = Story(make(mesh, folder, **settings)), list(range(num_rows))
+        for slot in slots:
+            sampling = TokenSampling(1.0, top_k=top_k)
+            story.enter(slot, tokens_of(slot, 2 + slot), sampling=sampling, logprobs=LogprobOptions())
+        story.prefill(slots, 8)
+        story.decode(slots, 3)
+        return story.told()
     finally:
         launches.MIN_SHARED_ROWS = before
 
