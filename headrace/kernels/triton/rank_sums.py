@@ -112,18 +112,22 @@ def _slot(slots, rank, launch, source, slot_size, RANKS: tl.constexpr, dtype: tl
 def _halves(word, dtype: tl.constexpr):
     """The two values of a word, in float32; of float32 it is one, and the other is 0."""
     if dtype.primitive_bitwidth == 32:
-        return word.to(dtype, bitcast=True), tl.zeros_like(word).to(tl.float32)
-    low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return low, (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        low, high = word.to(dtype, bitcast=True), tl.zeros_like(word).to(tl.float32)
+    else:
+        low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
 
 
 @triton.jit
 def _word(low, high, dtype: tl.constexpr):
     """The word of two values, rounded."""
     if dtype.primitive_bitwidth == 32:
-        return low.to(tl.int32, bitcast=True)
-    bits = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        word = low.to(tl.int32, bitcast=True)
+    else:
+        word = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word |= high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return word
 
 
 @triton.jit
