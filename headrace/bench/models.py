@@ -1,6 +1,6 @@
 """Model folders for benchmarks, made on the spot: a `config.json`, and for the small model random weights too.
 
-The public shapes (Qwen3-0.6B, Qwen3-8B) are written without weights, for `load_format="dummy"`.
+The public shapes (Qwen3-0.6B, Qwen3-8B, Qwen3-32B) are written without weights, for `load_format="dummy"`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _qwen3(
         151936, 4096, 12288, 36, 32, 8, 128, 40960, dtype="bfloat16", is_tied=False, eos_token_id=151645
     ),
+    "qwen3-32b": _qwen3(
+        151936, 5120, 25600, 64, 64, 8, 128, 40960, dtype="bfloat16", is_tied=False, eos_token_id=151645
+    ),
 }
 
-WEIGHTLESS_SHAPES = ("qwen3-0.6b", "qwen3-8b")
+WEIGHTLESS_SHAPES = ("qwen3-0.6b", "qwen3-8b", "qwen3-32b")
 """Too large to be written to a file on the spot."""
 
 

@@ -84,6 +84,8 @@ def apply_command(
     else:
         replica.pulse.claim(command.call_id)  # before a look at the clock: the front looks in the opposite order
         now = clock()
+        if not isinstance(command, (GiveUp, GetStatus, Shutdown)) and command.wants_status:
+            replica.outbox.add_status(command.call_id, lambda: status(replica, clock()))
         try:
             _check_wanted(command, now, given_up)
             _CALLS[type(command)](replica, command, now)

@@ -24,7 +24,7 @@ from headrace.types.messages import JoinGroup
 from headrace.types.plan import PositionLogprobs, PromptLogprobs, SamplePatch, SlotInit, StepPlan, StepResult
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import LogprobOptions
-from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import (
     Copies,
     ResolvedMode,
@@ -161,6 +161,9 @@ class FreeWeights:
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
+
+    def moves(self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool) -> None:
+        return None
 
     def open_payload(self, payload: Payload) -> SharedTensors:
         return _FreeTensors([(info.name, info) for info in payload.manifest()])

@@ -6,7 +6,7 @@ and are joined, so that a reply waits for little more than one delta a sequence,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -24,20 +24,29 @@ class Outbox:
         self._link = link
         self._deltas: list[Delta] = []
         self._encoder = msgspec.msgpack.Encoder()
+        self._statuses: dict[int, Callable[[], Any]] = {}  # by call
 
     def add(self, deltas: Iterable[Delta]) -> None:
         """Queue deltas for the next `flush`."""
         self._deltas += deltas
 
+    def add_status(self, call_id: int, status: Callable[[], Any]) -> None:
+        """The answer to a call is to bring what this is then."""
+        self._statuses[call_id] = status
+
     def reply(self, call_id: int, payload: Any = None) -> None:
         """Answer a command with the value its docstring names."""
         self.flush(force=True)
-        self._link.send(Reply(call_id, payload=self._encoder.encode(payload)))
+        self._link.send(Reply(call_id, self._encoder.encode(payload), status=self._status(call_id)))
 
     def refuse(self, call_id: int, error: ErrorInfo) -> None:
         """Answer a command with an error."""
         self.flush(force=True)
-        self._link.send(Reply(call_id, error=error))
+        self._link.send(Reply(call_id, error=error, status=self._status(call_id)))
+
+    def _status(self, call_id: int) -> bytes:
+        status = self._statuses.pop(call_id, None)
+        return b"" if status is None else self._encoder.encode(status())
 
     def flush(self, *, force: bool = False) -> None:
         """Send what is queued, unless the link is behind. Raises `PeerClosed`, as all sending does."""

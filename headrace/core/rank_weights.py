@@ -62,7 +62,7 @@ from headrace.types.errors import (
     WeightUpdateError,
 )
 from headrace.types.foreign import FIELD, Payload
-from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import Copies, ResolvedMode, SharedTensors, StageBuffer, StageCopy, StagePiece, Ticket
 from headrace.weights.position_sum import DIGEST_LENGTH, add_digests
 from headrace.weights.shard import Shard
@@ -245,6 +245,10 @@ class RankWeights:
             whole = [piece.index for piece in batch if piece.is_last]
             feed = Feed(self._others, asked, buffer.parts_to_send(places)) if self._others.has_far else None
             yield whole, RankCopy(self, None, asked, whole, feed)
+
+    def moves(self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool) -> None:
+        """Each rank looks at each piece: of most it holds a part."""
+        return None
 
     def check_sums(self, indices: Sequence[int], others: Sequence[tuple[str, ...]]) -> None:
         """Hold what all ranks have of whole tensors against the manifest. `WeightUpdateError` naming what differs."""

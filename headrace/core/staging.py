@@ -12,7 +12,7 @@ from headrace.core.executor import WeightGroup
 from headrace.types.errors import CheckpointError, HeadraceError, WeightUpdateError
 from headrace.types.messages import NO_DEADLINE, Receive, Stage, StagePayload
 from headrace.weights.memory import Copies, SharedTensors, StageCopy, StagePiece
-from headrace.weights.session import WeightMachine
+from headrace.weights.session import OpenUpdate, WeightMachine
 
 
 class StageJob:
@@ -86,7 +86,23 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
     """
     session = machine.require(command.session_id)
     session.touch(now)
-    places: list[tuple[int, int, int, int | None, bool, bool]] = []  # index, offset, size; start, is_last, replaces
+    moves = machine.moves(command.session_id, command.entries, command.buffer, are_right=False)
+    places = [] if moves else _checked_places(session, command)
+    moves = moves or machine.moves(command.session_id, command.entries, command.buffer, are_right=True)
+    buffer = machine.open_buffer(command.buffer)
+
+    def pieces() -> Iterator[StagePiece]:
+        part = buffer.part
+        for index, offset, size, start, is_last, replaces in places:
+            yield StagePiece(index, part(offset, size), start, is_last, replaces)
+
+    copies = moves(buffer) if moves else machine.stage_pieces(command.session_id, pieces())
+    return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)
+
+
+def _checked_places(session: OpenUpdate, command: Stage) -> list[tuple[int, int, int, int | None, bool, bool]]:
+    """Index, offset, size; start (None: it is whole), is_last, replaces: of every entry. Raises what is wrong."""
+    places: list[tuple[int, int, int, int | None, bool, bool]] = []
     buffer_size = command.buffer.size
     for entry in command.entries:
         index, offset, start, size, replaces = entry.index, entry.offset, entry.start, entry.num_bytes, entry.replaces
@@ -101,15 +117,7 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
         places.append((index, offset, size, None if whole else start, start + size == total, replaces and not start))
     if len({(entry.index, entry.start) for entry in command.entries}) != len(command.entries):
         raise WeightUpdateError("a tensor is named twice in one stage call", field="entries")
-    buffer = machine.open_buffer(command.buffer)
-
-    def pieces() -> Iterator[StagePiece]:
-        part = buffer.part
-        for index, offset, size, start, is_last, replaces in places:
-            yield StagePiece(index, part(offset, size), start, is_last, replaces)
-
-    copies = machine.stage_pieces(command.session_id, pieces())
-    return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)
+    return places
 
 
 def job_from_payload(machine: WeightMachine, command: StagePayload, memory: SharedTensors, now: float) -> StageJob:

@@ -29,13 +29,14 @@ _LONGEST_WAIT = 3600.0
 Result = TypeVar("Result")
 
 
-class Call(msgspec.Struct, frozen=True):
-    """A call on its way. `deadline` is in seconds of the clock; `answer` is set once."""
+class Call(msgspec.Struct):
+    """A call on its way. `deadline` is in seconds of the clock; `answer` is set once, and `has_status` if with one."""
 
     call_id: int
     name: str
     deadline: float
     answer: asyncio.Future[bytes]
+    has_status: bool = False
 
 
 class Calls:
@@ -57,25 +58,26 @@ class Calls:
         self,
         command: Callable[[int], Command],
         timeout: float,
-        on_answer: Callable[[], Awaitable[None]] | None = None,
+        refresh: Callable[[], Awaitable[None]] | None = None,
         *,
         is_final: bool = False,
     ) -> bytes:
         """Send the command made from a call id and return the payload of its reply, or raise its error.
 
-        `on_answer` is awaited once the core has answered, as part of the call. One that `is_final`, which `GiveUp` does
+        One that changes the core's state says how to `refresh` its status, which comes with the answer; where it does
+        not, that is awaited as part of the call. One that `is_final`, which `GiveUp` does
         not undo, is not cancelled any more once the core has done it: it returns.
         """
-        call = self._open(command, timeout)
+        call = self._open(command, timeout, wants_status=refresh is not None)
         try:
             if not await self._is_answered(call, call.answer):
                 message = f"{call.name} was not begun by its deadline and will not be"
                 raise DeadlineError(message, field="control_timeout")
-            if on_answer is not None:
-                await on_answer()
+            if refresh is not None and not call.has_status:
+                await refresh()
             return call.answer.result()
         except asyncio.CancelledError:
-            await outlast(self._give_up(call, on_answer))
+            await outlast(self._give_up(call, refresh))
             if is_final and call.answer.done() and call.answer.exception() is None:
                 return call.answer.result()
             raise
@@ -104,6 +106,7 @@ class Calls:
         call = self._waiting.get(reply.call_id)
         if call is None or call.answer.done():
             return
+        call.has_status = bool(reply.status)
         if reply.error is not None:
             call.answer.set_exception(reply.error.to_exception())
         else:
@@ -115,13 +118,13 @@ class Calls:
             if not call.answer.done():
                 call.answer.set_exception(error())
 
-    def _open(self, command: Callable[[int], Command], timeout: float) -> Call:
+    def _open(self, command: Callable[[int], Command], timeout: float, *, wants_status: bool = False) -> Call:
         """Send a command with its deadline."""
         self._num_calls += 1
         deadline = self._clock() + timeout
         message = command(self._num_calls)
         if not isinstance(message, (GetStatus, GiveUp, Shutdown)):
-            message = msgspec.structs.replace(message, deadline=deadline)
+            message = msgspec.structs.replace(message, deadline=deadline, wants_status=wants_status)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(_look_at)
         call = Call(self._num_calls, type(message).__name__, deadline, answer)
@@ -141,7 +144,7 @@ class Calls:
             await asyncio.wait([answer], timeout=min(left, _LONGEST_WAIT) if left > 0 else None)
         return True
 
-    async def _give_up(self, call: Call, on_answer: Callable[[], Awaitable[None]] | None) -> None:
+    async def _give_up(self, call: Call, refresh: Callable[[], Awaitable[None]] | None) -> None:
         """Have the core forget a call whose caller was cancelled."""
         try:
             telling = self._open(lambda call_id: GiveUp(call_id, call.call_id), math.inf)
@@ -149,8 +152,8 @@ class Calls:
             await self._is_answered(call, call.answer)
             return
         try:
-            if await self._is_answered(call, telling.answer) and on_answer is not None:
-                await on_answer()
+            if await self._is_answered(call, telling.answer) and refresh is not None:
+                await refresh()
         finally:
             self._waiting.pop(telling.call_id, None)
 

@@ -366,6 +366,8 @@ class CoreClient:
                     sink.on_delta(delta)
         elif isinstance(output, Reply):
             self.ledger.answered(output)
+            if output.status:
+                self._note(msgspec.msgpack.decode(output.status, type=CoreStatus))
             self._calls.settle(output)
         elif isinstance(output, CoreFailed):
             self._die(output.error.to_exception())

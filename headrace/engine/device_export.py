@@ -154,7 +154,7 @@ class DeviceExport:
         if self._shares_process:
             storage = tensor.untyped_storage()
             return storage.data_ptr(), storage.nbytes()
-        from headrace.weights.device_sharing import allocation_of
+        from headrace.parallel.device_sharing import allocation_of
 
         with self.contexts[tensor.device] or nullcontext():
             return allocation_of(address)
@@ -162,13 +162,13 @@ class DeviceExport:
     def _area_of(self, tensor: torch.Tensor, base: int, size: int) -> DeviceArea:
         if self._shares_process:
             return DeviceArea(b"", base, size)
-        from headrace.weights.device_sharing import handle_of
+        from headrace.parallel.device_sharing import handle_of
 
         with self.contexts[tensor.device] or nullcontext():
             return DeviceArea(handle_of(base), 0, size)
 
 
 def _allocation_id(address: int) -> int:
-    from headrace.weights.device_sharing import allocation_id
+    from headrace.parallel.device_sharing import allocation_id
 
     return allocation_id(address)

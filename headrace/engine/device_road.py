@@ -95,7 +95,7 @@ class DeviceRoad:
 
     def _made(self, tensor: Any, size: int) -> BufferPool:
         """Buffers where `tensor` is, the first of them of `size` bytes. `UnavailableError` if it finds no room."""
-        from headrace.weights.device_sharing import SharedDeviceMemory
+        from headrace.parallel.device_sharing import SharedDeviceMemory
 
         make = functools.partial(SharedDeviceMemory, device=tensor.device, shares_process=self._shares_process)
         pool = BufferPool(make, BUFFER_BYTES)

@@ -101,7 +101,7 @@ class HeldTensors:
         is_sampled = type(named_tensors) not in _AT_ONCE
         self._held: list[tuple[str, Any, int, bytes | None]] = []
         self.listing: Listing | None = None
-        tensors, sights = ([], None) if is_sampled else _seen(named_tensors)
+        tensors, sights = ([], None) if is_sampled else _seen(named_tensors, before.sights.names if before else [])
         if before is not None and sights == before.sights:
             self.listing, self.manifest = before, before.manifest
             self._held += zip(sights.names, tensors, _numbers_of_writes(tensors), repeat(None))
@@ -139,8 +139,9 @@ def _numbers_of_writes(tensors: list[Any]) -> list[int]:
         return list(map(num_writes, tensors))
 
 
-def _seen(named_tensors: Any) -> tuple[list[Any], Sights | None]:
-    """What is at hand, and what is seen of it; None where one is no plain tensor, or no tensor of a model."""
+def _seen(named_tensors: Any, known: list[str]) -> tuple[list[Any], Sights | None]:
+    """What is at hand, and what is seen of it; None where one is no plain tensor, or no tensor of a model, as those of
+    all `known` names are."""
     torch = sys.modules.get("torch")
     if torch is None:
         return [], None
@@ -148,7 +149,7 @@ def _seen(named_tensors: Any) -> tuple[list[Any], Sights | None]:
         pairs = named_tensors.items() if isinstance(named_tensors, dict) else named_tensors
         names, tensors = map(list, zip(*pairs, strict=True)) if pairs else ([], [])
         is_plain = {*map(type, names)} == {str} and {*map(type, tensors)} <= {torch.Tensor, torch.nn.Parameter}
-        if is_plain and readable_now() and not any(map(is_recomputed, names)):
+        if is_plain and readable_now() and (names == known or not any(map(is_recomputed, names))):
             return tensors, Sights.of(names, tensors)
     except (AttributeError, TypeError, ValueError, RuntimeError):  # no pairs, or no memory: it is named elsewhere
         pass

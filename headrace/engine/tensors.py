@@ -117,7 +117,7 @@ def device_of(tensor: Any) -> str:
     """The UUID of the CUDA device that a tensor is on; "" of any other."""
     if isinstance(tensor, np.ndarray) or tensor.device.type != "cuda":
         return ""
-    from headrace.weights.device_sharing import device_uuid
+    from headrace.parallel.device_sharing import device_uuid
 
     return device_uuid(tensor.device)
 

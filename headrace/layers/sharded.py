@@ -37,8 +37,13 @@ class ShardedKernels:
     def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
         """Of the whole vocabulary; only the last rank's rows may end with padding."""
         parts = self._communicator.all_gather(self._kernels.normed_logits(x_TI, norm_I, eps, weight_VI))
-        num_last = self._vocab_size - (len(parts) - 1) * len(weight_VI)
-        return torch.cat([*parts[:-1], parts[-1][:, :num_last]], dim=1)
+        return joined(parts, self._vocab_size)
+
+
+def joined(parts: list[Tensor], vocab_size: int) -> Tensor:
+    """Logits [S, V] of what each rank has of the vocabulary, by rank, without the padding that may end the last."""
+    num_before = (len(parts) - 1) * parts[0].shape[1]
+    return torch.cat([*parts[:-1], parts[-1][:, : vocab_size - num_before]], dim=1)
 
 
 class ShardedExperts:

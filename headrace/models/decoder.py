@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from headrace.kernels import LayerKernels
 from headrace.layers.linear import Embedding, Linear
 from headrace.layers.norm import RmsNorm
 from headrace.layers.params import Params
@@ -29,9 +30,17 @@ class Decoder:
     has `embed` if it is the first, and norm and head if it is the last."""
 
     def __init__(
-        self, params: Params, layers: Sequence[Layer], embed: Embedding | None, *, has_head: bool = True
+        self,
+        params: Params,
+        layers: Sequence[Layer],
+        embed: Embedding | None,
+        *,
+        has_head: bool = True,
+        own_kernels: LayerKernels | None = None,
     ) -> None:
+        """`own_kernels`: of this rank alone; None: those of the parameters are."""
         self._embed = embed
+        self._own_kernels = own_kernels or params.kernels
         self._layers = layers
         self._head: tuple[RmsNorm, Linear] | None = None
         if has_head:
@@ -60,3 +69,9 @@ class Decoder:
         assert self._head is not None, "only the last stage has logits"
         norm, head = self._head
         return head.logits(Residual(hidden_SX).normed(norm))
+
+    def share_of_logits(self, hidden_SX: Tensor) -> Tensor:
+        """As `logits`, of the rows of the vocabulary that this rank has, padding among them."""
+        assert self._head is not None, "only the last stage has logits"
+        (weight_X, eps), head = self._head
+        return self._own_kernels.normed_logits(hidden_SX, weight_X, eps, head.weight)

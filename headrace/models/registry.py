@@ -163,6 +163,7 @@ def build(
     """The decoder over `store.live`, whose tensors it keeps: one rank's part of it, where the mesh has several ranks.
     `in_order`: as `ShardedKernels`."""
     family, stage = FAMILIES[spec.architecture], stages_of(spec, mesh.num_stages)[mesh.stage]
+    own_kernels = kernels
     if mesh.has_shares:
         kernels = ShardedKernels(kernels, mesh, spec.vocab_size, in_order=in_order)
     params = Params(store.live, kernels, counter or GemmCounter(), spec.rms_norm_eps)
@@ -176,7 +177,8 @@ def build(
         family.layer(params.below(f"layers.{stage.start + index}"), places[index], layer)
         for index, layer in enumerate(own.layers)
     ]
-    return Decoder(params, layers, _embedding(store, mesh) if stage.is_first else None, has_head=stage.is_last)
+    embed = _embedding(store, mesh) if stage.is_first else None
+    return Decoder(params, layers, embed, has_head=stage.is_last, own_kernels=own_kernels)
 
 
 def _embedding(store: WeightStore, mesh: Mesh) -> Embedding:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from headrace.parallel.peer_sums import MAX_RANKS, PeerMemory
 from headrace.types.plan import RankLost
 
 Reduction = Literal["sum", "min", "max"]
@@ -37,11 +38,19 @@ class Communicator(Protocol):
     def all_gather(self, values: Tensor) -> list[Tensor]:
         """Those of every rank, all of one shape (with at least one axis), by rank."""
 
+    def exchange(self, values: Tensor) -> list[Tensor]:
+        """Of each rank's values, cut along the first axis into as many equal parts as there are ranks, that which is
+        for this one, by rank."""
+
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         """The sum, least or greatest over the ranks, in place; all get the same bits."""
 
     def broadcast_(self, values: Tensor, source: int = 0) -> None:
         """Those of one rank, in place."""
+
+    def connect(self, device: torch.device) -> None:
+        """From now on the ranks, which all call this, may sum by each other's memory on devices, of which this is the
+        one that the caller's thread uses."""
 
     def abort(self) -> None:
         """End what is waited for in it, without waiting for that; no call succeeds afterwards."""
@@ -61,10 +70,16 @@ class OnlyRank:
     def all_gather(self, values: Tensor) -> list[Tensor]:
         return [values]
 
+    def exchange(self, values: Tensor) -> list[Tensor]:
+        return [values]
+
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         pass
 
     def broadcast_(self, values: Tensor, source: int = 0) -> None:
+        pass
+
+    def connect(self, device: torch.device) -> None:
         pass
 
     def abort(self) -> None:
@@ -86,6 +101,7 @@ class GroupCommunicator:
 
         self._group, self._num_ranks = group, group.size()
         self._aborting: threading.Thread | None = None
+        self._peers: PeerMemory | None = None
         limit = timedelta(seconds=seconds)
         self._reductions = {}
         for name in ("sum", "min", "max"):
@@ -93,6 +109,7 @@ class GroupCommunicator:
             options.reduceOp = getattr(c10d.ReduceOp, name.upper())
             self._reductions[name] = options
         self._gathering = _limited(c10d.AllgatherOptions(), limit)
+        self._exchanging = _limited(c10d.AllToAllOptions(), limit)
         self._broadcasts = []
         for rank in range(self._num_ranks):
             options = _limited(c10d.BroadcastOptions(), limit)
@@ -102,6 +119,9 @@ class GroupCommunicator:
     def reduce_add_(
         self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
     ) -> None:
+        if self._peers is not None and self._peers.sums.takes(partial_TX, residual_TX):
+            self._peers.sums.sum(partial_TX, residual_TX, bias_X, adds=True)
+            return
         if not in_order:
             self.all_reduce_(partial_TX)
             _add_(residual_TX, partial_TX, bias_X)
@@ -118,14 +138,28 @@ class GroupCommunicator:
         _wait(lambda: self._group._allgather_base(found, source, self._gathering))
         return list(found.chunk(self._num_ranks)) if len(values) else [values] * self._num_ranks
 
+    def exchange(self, values: Tensor) -> list[Tensor]:
+        source, found = values.contiguous(), torch.empty_like(values)
+        _wait(lambda: self._group.alltoall_base(found, source, [], [], self._exchanging))
+        return list(found.chunk(self._num_ranks))
+
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
+        if reduction == "sum" and self._peers is not None and self._peers.sums.takes(values, values):
+            self._peers.sums.sum(values, values, adds=False)
+            return
         _wait(lambda: self._group.allreduce([values], self._reductions[reduction]))
 
     def broadcast_(self, values: Tensor, source: int = 0) -> None:
         _wait(lambda: self._group.broadcast([values], self._broadcasts[source]))
 
+    def connect(self, device: torch.device) -> None:
+        if self._group.name() == "nccl" and self._num_ranks <= MAX_RANKS:
+            self._peers = PeerMemory.connect(self._group.rank(), self._num_ranks, device, self.all_gather)
+
     def abort(self) -> None:
-        group = self._group  # another thread may close it
+        group, peers = self._group, self._peers  # another thread may close it
+        if peers is not None:
+            peers.sums.abort()
         if group is not None and self._aborting is None:
             # NCCL stops what runs on the device at once, and then waits until no graph is left that could run it: who
             # calls this may be who frees them, and has other groups to abort.
@@ -138,6 +172,9 @@ class GroupCommunicator:
             self.abort()
         if self._aborting is not None:
             self._aborting.join(_CLOSE_SECONDS)
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
         self._group = None  # with the last reference to it go its threads and descriptors
 
 

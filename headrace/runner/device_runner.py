@@ -79,6 +79,7 @@ class DeviceRunner:
         torch.set_num_threads(resolved.num_threads)
         self._device = device = take_device(resolved, shares_process=shares_process)
         free_at_start = free_bytes() if device.type == "cuda" else 0
+        mesh.communicator.connect(device)
         dtype = getattr(torch, resolved.dtype)
         self._probed = torch.zeros(1, dtype=torch.int32, device=device)
         self._compiled = CompileCounter()

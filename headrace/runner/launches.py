@@ -14,12 +14,16 @@ from torch import Tensor
 
 from headrace.attention.base import Bucket, DeviceAttention, DeviceTables
 from headrace.kernels.triton.step_tables import embed_tokens, write_cells
+from headrace.layers.sharded import joined
 from headrace.layers.step import ForwardStep
 from headrace.models.decoder import Decoder
 from headrace.parallel import SINGLE, Mesh
 from headrace.runner.passage import Passage
 from headrace.runner.step_buffer import StepBuffer
 from headrace.sampling.device_sampler import DeviceSampler
+
+MIN_SHARED_ROWS = 8
+"""That a rank samples by itself: with fewer the ranks would rather all sample all of them than tell each other."""
 
 Embed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 """As `embed_tokens`."""
@@ -81,15 +85,29 @@ class Launches:
 
     def sample(self, num_rows: int, *, truncated: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
-        views = self.buffer.views
-        self.sampler.sample(
-            self.sampled_logits(num_rows),
-            views.sampled_slots[:num_rows],
-            views.sampled_positions[:num_rows],
-            self.buffer.token_ids[:num_rows],
-            self.buffer.logprobs[:num_rows],
-            truncated=truncated,
-        )
+        num_ranks = self.mesh.num_ranks
+        if num_ranks > 1 and num_rows >= MIN_SHARED_ROWS * num_ranks and num_rows % num_ranks == 0:
+            self._sample_share(num_rows // num_ranks, truncated=truncated)
+        else:
+            self._sample_rows(self.sampled_logits(num_rows), slice(0, num_rows), truncated=truncated)
+
+    def _sample_rows(self, logits_SV: Tensor, rows: slice, *, truncated: bool) -> None:
+        views, buffer = self.buffer.views, self.buffer
+        slots_S, positions_S = views.sampled_slots[rows], views.sampled_positions[rows]
+        results = buffer.token_ids[rows], buffer.logprobs[rows]
+        self.sampler.sample(logits_SV, slots_S, positions_S, *results, truncated=truncated)
+
+    def _sample_share(self, num_own: int, *, truncated: bool) -> None:
+        """Each rank samples as many rows, of which it gets the logits of the others' vocabulary: a part of what all
+        logits would be."""
+        communicator, num_rows = self.mesh.communicator, num_own * self.mesh.num_ranks
+        own = slice(self.mesh.rank * num_own, (self.mesh.rank + 1) * num_own)
+        hidden_SX = self.hidden_TX.index_select(0, self.buffer.views.sampled_tokens[:num_rows])
+        parts = communicator.exchange(self.model.share_of_logits(hidden_SX))
+        self._sample_rows(joined(parts, self.sampler.vocab_size), own, truncated=truncated)
+        results = communicator.all_gather(self.buffer.results[:, own])
+        self.buffer.results[:, :num_rows] = torch.cat(results, dim=1)
+        self.sampler.leave_tokens(self.buffer.token_ids[:num_rows], self.buffer.views.sampled_slots[:num_rows])
 
     def sampled_logits(self, num_rows: int) -> Tensor:
         """float32 [num_rows, V] of the rows that sample."""

@@ -33,7 +33,7 @@ from headrace.kernels.triton.logits_processors import (
     mask_rows,
     process_rows,
 )
-from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, leave_tokens, sample_rows
 from headrace.kernels.triton.slot_params import NUM_ASKED, NUM_TOP, RECORD_SIZE, TEMPERATURE, write_records
 from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
 from headrace.kernels.triton.top_rows import LIST_SIZES, SampledRows, asked_rows, top_rows
@@ -61,7 +61,7 @@ class DeviceSampler:
     """
 
     def __init__(self, vocab_size: int, max_slots: int, max_rows: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._max_rows = max_rows
         self._device = device
         self._slots = DeviceSlots(vocab_size, max_slots, device)
@@ -139,6 +139,10 @@ class DeviceSampler:
         )  # fmt: skip
         return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
 
+    def leave_tokens(self, tokens_S: Tensor, slots_S: Tensor) -> None:
+        """What was sampled elsewhere is what these slots sampled last, but for slots of -1."""
+        leave_tokens(tokens_S, slots_S, self.last_tokens)
+
     def sample_eager(
         self,
         logits_SV: Tensor,
@@ -184,7 +188,7 @@ class DeviceSampler:
         stop ids, which depend on the output.
         """
         sampling, options = self._slots.request_of(slot)
-        params = slot_params(sampling, options, options.prompt_mode, self._vocab_size)
+        params = slot_params(sampling, options, options.prompt_mode, self.vocab_size)
         columns = Columns(int(params[NUM_TOP]), int(params[NUM_ASKED]), num_own=1)
         both = np.stack((params, params))
         both[0, TEMPERATURE] = 0.0  # nothing is drawn: the greatest logit is taken
@@ -208,7 +212,7 @@ class DeviceSampler:
 
     def warm(self) -> None:
         """Compile every kernel that a later call can need, over rows that are all skipped."""
-        logits = torch.zeros(1, self._vocab_size, dtype=torch.float32, device=self._device)
+        logits = torch.zeros(1, self.vocab_size, dtype=torch.float32, device=self._device)
         slots, positions, tokens = (torch.full((1,), -1, dtype=torch.int32, device=self._device) for _ in range(3))
         logprobs = torch.zeros(1, dtype=torch.float32, device=self._device)
         self.write_slots(torch.full((1, RECORD_SIZE), -1, dtype=torch.int32, device=self._device))
@@ -216,14 +220,15 @@ class DeviceSampler:
         tables = self._slots.processors, self._slots.counts
         for scoring in (False, True):
             process_rows(logits, processed, slots, positions, *tables, scoring=scoring)
-        masks = torch.zeros(1, -(-self._vocab_size // 32), dtype=torch.int32, device=self._device)
+        masks = torch.zeros(1, -(-self.vocab_size // 32), dtype=torch.int32, device=self._device)
         mask_rows(processed, tokens + 1, masks)
         for truncated, copies in ((False, None), (True, None), (True, processed)):
             rows = self.sample(logits, slots, positions, tokens, logprobs, copies, truncated=truncated)
         for size in LIST_SIZES:
-            self._read(rows, self._slots.asked_ids, Columns(min(size, self._vocab_size), 1, 1), tokens)
-        self._read(rows, self._slots.asked_ids, Columns(0, 0, num_kept_words=num_words(self._vocab_size)))
+            self._read(rows, self._slots.asked_ids, Columns(min(size, self.vocab_size), 1, 1), tokens)
+        self._read(rows, self._slots.asked_ids, Columns(0, 0, num_kept_words=num_words(self.vocab_size)))
         count_tokens(tokens, slots, processed, *tables)
+        self.leave_tokens(tokens, slots)
         self._slots.warm()
 
     def _biased(self, logits_MV: Tensor, slot: int) -> ProcessedRows:
@@ -250,7 +255,7 @@ class DeviceSampler:
     def _columns_of(self, slots: Integers) -> Columns:
         if len(slots) == 0:
             return Columns(0, 0)
-        kept_words = num_words(self._vocab_size) if self._slots.wants_kept[slots].any() else 0
+        kept_words = num_words(self.vocab_size) if self._slots.wants_kept[slots].any() else 0
         num_top, num_asked = int(self._slots.num_top[slots].max()), int(self._slots.num_asked[slots].max())
         return Columns(num_top, num_asked, num_kept_words=kept_words)
 

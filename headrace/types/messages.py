@@ -94,9 +94,10 @@ class _Answered(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Call(_Answered, frozen=True, kw_only=True):
-    """One with a deadline, which is the last field of each."""
+    """One with a deadline. With `wants_status` the answer comes with the core's status."""
 
     deadline: float = NO_DEADLINE
+    wants_status: bool = False
 
 
 class Pause(_Call, frozen=True, tag="pause"):
@@ -402,11 +403,13 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
-    """The one answer to a command. `payload` is the msgpack of the type that the command's docstring names."""
+    """The one answer to a command. `payload` is the msgpack of the type that the command's docstring names, `status`
+    that of a `CoreStatus` at that moment, where it was asked for."""
 
     call_id: int
     payload: bytes = b""
     error: ErrorInfo | None = None
+    status: bytes = b""
 
 
 class CoreReady(msgspec.Struct, frozen=True, array_like=True, tag="core_ready"):

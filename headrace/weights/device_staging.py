@@ -1,62 +1,62 @@
 """Moving tensors of an update into place on a device, many at a time and without waiting for it.
 
-Owns `DeviceCopies`. Must not know sessions, versions or which memory is live, as `headrace.weights.staging`.
+Owns `DeviceCopies`: what is enqueued, and when it is looked at. Must not know what a slice consists of, sessions,
+versions or which memory is live, as `headrace.weights.staging`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 import torch
 
-from headrace.weights.memory import StagePiece
-from headrace.weights.position_sum import PositionKeys, PositionSum
-from headrace.weights.region import Place
-from headrace.weights.staging import Arrival, Enqueued, SideStream, bytes_of, row_blocks
+from headrace.weights.position_sum import PositionKeys
+from headrace.weights.staging import Enqueued, SideStream
 
-SLICE_BYTES = 1 << 30
-"""Copied by one launch: a fraction of a millisecond's work for a device, beside which a step does not wait long."""
+Take = Callable[[int, Sequence[int]], None]
 
-LIVE_SLICE_BYTES = 2 << 30
-"""The same where live weights are written to, and no step runs."""
-
-MAX_SLICE_PIECES = 256
 _MAX_AHEAD = 2  # slices that are enqueued and not done: the device goes on while the host looks at the first
 
 
-class ArrivingPiece(NamedTuple):
-    """A tensor, or a piece of it: its elements, flat, on the device or in pinned memory, and where they go.
+class Slice(Protocol):
+    """Copies that one launch makes: enqueued together, done together. `arriving` are the indices of tensors of which
+    it has pieces; `is_live`: it writes to live memory; `copied` is done when the device has done it."""
 
-    `on_done` is called once they are there and finite, if they are to be: `refuse` is what else is called.
-    """
-
-    source: torch.Tensor
-    arrival: Arrival
-    on_done: Callable[[], None]
-    refuse: Callable[[torch.dtype], None] | None = None
-
-    @property
-    def place(self) -> slice:
-        """Which elements of its tensor they are."""
-        return slice(self.arrival.num_elements, self.arrival.num_elements + self.source.numel())
-
-    @property
-    def is_read_in_part(self) -> bool:
-        """It is a whole tensor where the device reads it, of which no more is read than is held here."""
-        destination = self.arrival.destination
-        is_whole = self.source.numel() == destination.num_elements and self.arrival.hasher is None
-        return is_whole and destination.flat is None and self.source.device == destination.device
-
-
-class WholeTarget(NamedTuple):
-    """Where a tensor goes that comes whole, on the device and in the dtype of a parameter, and lies there in its own
-    order: nothing is to be known of it but its bytes."""
-
-    place: Place
     is_live: bool
+    copied: Enqueued
+
+    @property
+    def arriving(self) -> Collection[int]: ...
+
+    def locate(self) -> None:
+        """Wait until all that it reads is mapped."""
+
+    def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None: ...
+
+    def hash(self, stop_at: float) -> bool:
+        """The device has done it: what else is to be done with what is there, until then; whether that was all."""
+
+    def finish(self, take: Take) -> list[int]:
+        """The device has done it: the indices of the tensors that are whole."""
+
+
+def read_back(results: torch.Tensor) -> torch.Tensor:
+    """Results of a launch in memory of the host, where they are once the device has come to it."""
+    host = torch.empty(results.shape, dtype=results.dtype, device="cpu", pin_memory=results.is_cuda)
+    return host.copy_(results, non_blocking=True)
+
+
+class Slices(Protocol):
+    """All that a command brings, in slices."""
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    def next(self, busy: Collection[int]) -> Slice | None:
+        """The next one. None where pieces of tensors that are `busy` come first."""
 
 
 class DeviceCopies:
@@ -64,18 +64,15 @@ class DeviceCopies:
     indices of the tensors that it has completed.
 
     Nothing is waited for: `advance` enqueues, and later looks whether the device has done it. What the pieces are read
-    from must be left alone until then, also by who gives up. `before_write` raises if the update is over.
-
-    A piece has a `target`, if it is a whole tensor that is only to be moved: then `take` is called with its index and
-    its row of results once it is there, if it is not finite or there `are_digests`. Else it is to `arrive`.
+    from must be left alone until then, also by who gives up. `before_write` raises if the update is over. `take` is
+    called with the index and the row of results of each tensor that was only moved, once it is there, if it is not
+    finite or there `are_digests`.
     """
 
     def __init__(
         self,
-        pieces: Iterator[StagePiece],
-        target: Callable[[StagePiece], WholeTarget | None],
-        take: Callable[[int, Sequence[int]], None],
-        arrive: Callable[[StagePiece], ArrivingPiece],
+        slices: Slices,
+        take: Take,
         side: SideStream,
         keys: PositionKeys,
         before_write: Callable[[], None],
@@ -84,23 +81,20 @@ class DeviceCopies:
     ) -> None:
         self.has_written = False
         self.whole: list[int] = []
-        self._pieces = pieces
-        self._next = next(pieces, None)
-        self._target = target
+        self._slices = slices
         self._take = take
-        self._arrive = arrive
         self._are_digests = are_digests
         self._side = side
         self._keys = keys
         self._before_write = before_write
-        self._under_way: deque[_Slice] = deque()
+        self._under_way: deque[Slice] = deque()
 
     def advance(self, budget_s: float) -> bool:
         """True once all pieces are in place. Raises as `StageWork.advance`, when the device has come to it."""
         if not self._side.is_ready():
             return False
         stop_at = time.perf_counter() + budget_s
-        while self._next is not None or self._under_way:
+        while not self._slices.is_empty or self._under_way:
             if self._under_way and self._under_way[0].copied.is_done():
                 with self._side.enqueuing():  # what is read back waits for no step
                     if not self._under_way[0].hash(stop_at):
@@ -111,24 +105,14 @@ class DeviceCopies:
                 return False
             if time.perf_counter() >= stop_at:
                 break
-        return self._next is None and not self._under_way
+        return self._slices.is_empty and not self._under_way
 
     def _enqueue(self) -> bool:
         """The next slice. False where there is none, or what is under way comes first."""
-        if self._next is None or len(self._under_way) == _MAX_AHEAD:
+        if self._slices.is_empty or len(self._under_way) == _MAX_AHEAD:
             return False
-        busy = {index for each in self._under_way for index in each.arriving}
-        part = _Slice()
-        while (piece := self._next) is not None and not part.is_full:
-            target = self._target(piece)
-            if target is not None:
-                part.add_whole(piece, target)
-            elif piece.index in busy or piece.index in part.arriving:
-                break  # the next piece of a tensor can come only when the one before is there
-            else:
-                part.add(self._arrive(piece), piece)
-            self._next = next(self._pieces, None)
-        if not part.num_pieces:
+        part = self._slices.next({index for each in self._under_way for index in each.arriving})
+        if part is None:
             return False
         part.locate()
         self._before_write()
@@ -138,126 +122,3 @@ class DeviceCopies:
             part.copied = Enqueued(self._side.device)
         self._under_way.append(part)
         return True
-
-
-class _Slice:
-    """Pieces of different tensors, by index, whose copies are enqueued together."""
-
-    copied: Enqueued
-    _are_digests: bool
-    _results: torch.Tensor
-
-    def __init__(self) -> None:
-        self.is_live = False
-        self.num_pieces, self._num_bytes = 0, 0
-        self.arriving: dict[int, ArrivingPiece] = {}
-        self._whole: list[int] = []
-        self._moved: list[tuple[StagePiece, WholeTarget]] = []
-        self._addresses: list[int] = []  # of what is moved
-        self._checks: list[tuple[int, ArrivingPiece]] = []
-        self._unhashed: deque[tuple[Any, torch.Tensor]] = deque()
-        self._sums: list[tuple[int, PositionSum, int]] = []
-
-    def add_whole(self, piece: StagePiece, target: WholeTarget) -> None:
-        """One that is only moved: it has a row of results."""
-        self._moved.append((piece, target))
-        self._count(piece, is_live=target.is_live)
-
-    def add(self, arriving: ArrivingPiece, piece: StagePiece) -> None:
-        self.arriving[piece.index] = arriving
-        self._count(piece, is_live=arriving.arrival.is_live)
-        if piece.is_last:
-            self._whole.append(piece.index)
-
-    def _count(self, piece: StagePiece, *, is_live: bool) -> None:
-        self.num_pieces += 1
-        self._num_bytes += piece.data.nbytes
-        self.is_live = self.is_live or is_live
-
-    @property
-    def is_full(self) -> bool:
-        """What is still to come is for the next."""
-        limit = LIVE_SLICE_BYTES if self.is_live else SLICE_BYTES
-        return self._num_bytes >= limit or self.num_pieces >= MAX_SLICE_PIECES
-
-    def locate(self) -> None:
-        """Wait until all that is moved is mapped. The last first: who maps is woken for once, not for each."""
-        self._addresses = [piece.data.data_ptr() for piece, _ in reversed(self._moved)][::-1]
-
-    def enqueue(self, keys: PositionKeys, *, are_digests: bool) -> None:
-        """Copy all, and reckon what is to be known of them: a row of results for each that is moved, then others."""
-        from headrace.kernels.triton.weight_pieces import Row, move_rows, row_of
-
-        moved = zip(self._addresses, self._moved, strict=True)
-        rows: list[Row] = [(address, *target.place) for address, (_, target) in moved]
-        pairs, blocks = list[tuple[torch.Tensor, torch.Tensor]](), list[torch.Tensor]()
-        copied: list[tuple[int, ArrivingPiece, torch.Tensor]] = []
-        for piece in self.arriving.values():
-            source, place, destination = piece.source, piece.place, piece.arrival.destination
-            if piece.is_read_in_part:
-                destination.write_back(place, source)
-                held = [memory.reshape(-1) for memory in destination.memories]
-                self._checks += ((row, piece) for row in range(len(rows), len(rows) + len(held)))
-                rows += (row_of(memory, None, 0) for memory in held)
-                blocks += held  # until it is enqueued
-                copied.append((-1, piece, source))
-                continue
-            block = destination.write_view(place)
-            self._checks.append((len(rows), piece))
-            copied.append((len(rows), piece, block))
-            if (hasher := piece.arrival.hasher) is not None:
-                self._unhashed += ((hasher, block[part]) for part in row_blocks(tuple(block.shape), block.itemsize))
-            is_alike = source.dtype == block.dtype and source.device == block.device
-            if is_alike and destination.flat is not None:
-                rows.append(row_of(source, block, place.start))
-            else:  # copied first, and only looked at then
-                rows.append(row_of(block, None, place.start))
-                pairs.append((block, source))
-        _copy(pairs)
-        for row, piece, block in copied:
-            place, destination = piece.place, piece.arrival.destination
-            if row >= 0:
-                destination.write_back(place, block)
-            for region, total in piece.arrival.sums:
-                if region is destination and region.is_plain:
-                    self._sums.append((row, total, 1))
-                    continue
-                for counted, times in region.counted(place):
-                    blocks.append(counted)  # held until it is enqueued
-                    self._sums.append((len(rows), total, times))
-                    rows.append(row_of(counted, None, place.start))
-        found = move_rows(rows, keys.words, sums=are_digests or bool(self._sums))
-        self._are_digests = are_digests
-        self._results = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=found.is_cuda)
-        self._results.copy_(found, non_blocking=True)
-
-    def hash(self, stop_at: float) -> bool:
-        """The device has done it: look at what SHA-256s are wanted of, until then; whether that was all."""
-        while self._unhashed:
-            hasher, block = self._unhashed.popleft()
-            hasher.update(bytes_of(block).data)
-            if time.perf_counter() >= stop_at:
-                break
-        return not self._unhashed
-
-    def finish(self, take: Callable[[int, Sequence[int]], None]) -> list[int]:
-        """The device has done it: the indices of the tensors that are whole."""
-        results = self._results.tolist()
-        for (moved, _), result in zip(self._moved, results, strict=False):
-            if self._are_digests or result[2]:
-                take(moved.index, result)
-        for row, piece in self._checks:
-            if results[row][2] and piece.refuse is not None:
-                piece.refuse(piece.arrival.destination.dtype)
-        for row, total, times in self._sums:
-            total.add_lanes(results[row], times)
-        for piece in self.arriving.values():
-            piece.arrival.num_elements += piece.source.numel()
-            piece.on_done()
-        return [moved.index for moved, _ in self._moved] + self._whole
-
-
-def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Sources, of other dtypes or of the host, into what comes first in each pair."""
-    if pairs:
-        torch._foreach_copy_([into for into, _ in pairs], [source for _, source in pairs], non_blocking=True)

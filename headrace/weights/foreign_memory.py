@@ -16,10 +16,10 @@ from types import TracebackType
 
 import torch
 
+from headrace.parallel.device_sharing import device_uuid
 from headrace.types.errors import WeightUpdateError
 from headrace.types.foreign import FIELD, CudaHandle, ForeignTensor, NoMemory, Payload, SharedFile
 from headrace.types.weights import ELEMENT_BYTES, TensorInfo
-from headrace.weights.device_sharing import device_uuid
 from headrace.weights.files import OpenFile
 from headrace.weights.foreign_files import HEADER_BYTES, refused
 from headrace.weights.safetensors_file import FileTensor

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
 
 ResolvedMode = Literal["shadow", "inplace"]
 
@@ -82,6 +82,10 @@ class WeightMemory(Protocol):
     def stage(self, index: int, data: Any, start: int | None = None) -> StageCopy: ...
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies: ...
+
+    def moves(
+        self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool
+    ) -> Callable[[StageBuffer], Copies] | None: ...
 
     def forget(self, index: int) -> list[int]: ...
 

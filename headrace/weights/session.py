@@ -20,7 +20,7 @@ and knows no states. An error leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from headrace.types.errors import (
@@ -36,6 +36,7 @@ from headrace.types.request import DEFAULT_VERSION
 from headrace.types.weights import (
     MAX_TENSORS,
     MAX_VERSION_LENGTH,
+    BufferEntry,
     BufferRef,
     DeviceRef,
     InFlight,
@@ -328,6 +329,17 @@ class WeightMachine:
                 yield piece
 
         return self._memory.stage_pieces(make_way())
+
+    def moves(
+        self, session_id: int, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool
+    ) -> Callable[[StageBuffer], Copies] | None:
+        """The copies of what a command brings, as `stage_pieces`, once its buffer is open: where nothing has been
+        staged, and all that it brings are whole tensors that the memory has only to move. Unless the entries
+        `are_right`, that has to be known of an earlier command with the same; then they are."""
+        session = self.require(session_id)
+        if session.staged.num_staged or session.is_open_ended:
+            return None
+        return self._memory.moves(entries, ref, are_right=are_right)
 
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         """What a stage command's bytes are in. Raises `RequestError` or `UnavailableError` if it is not to be had."""

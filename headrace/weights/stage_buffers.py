@@ -19,9 +19,9 @@ from itertools import accumulate
 import torch
 
 from headrace.ipc import SharedBuffer
+from headrace.parallel.device_sharing import BytesAt, MappedMemory, same_context
 from headrace.types.errors import RequestError, UnavailableError
 from headrace.types.weights import BufferRef, DeviceArea, DeviceRef
-from headrace.weights.device_sharing import BytesAt, MappedMemory, same_context
 from headrace.weights.memory import StageBuffer
 
 

@@ -14,31 +14,29 @@ from functools import cached_property, partial
 import torch
 
 from headrace.ipc import SharedBuffer
+from headrace.parallel.device_sharing import readable_devices
 from headrace.types.errors import InternalError, NotFoundError, UpdateConflictError, WeightUpdateError
 from headrace.types.foreign import Payload
-from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.device_sharing import readable_devices
-from headrace.weights.device_staging import ArrivingPiece, DeviceCopies, WholeTarget
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.weights.arriving import Arriving, together
+from headrace.weights.device_staging import DeviceCopies
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
+from headrace.weights.move_plan import MovePlan
 from headrace.weights.open_plan import OpenPlan
-from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
+from headrace.weights.position_sum import PositionKeys
 from headrace.weights.region import Region
 from headrace.weights.shadow import Memories, ShadowMemory, Twin, memory_left
 from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import (
     TORCH_DTYPES,
-    Arrival,
     Enqueued,
     SideReader,
     SideStream,
     StageWork,
     TensorData,
     dtype_name,
-    is_finite,
-    not_finite,
-    source_of,
 )
 from headrace.weights.transaction import Transaction
 from headrace.weights.weight_map import FLOAT_DTYPES, ManifestPlan, WeightMap, WeightRule
@@ -80,6 +78,7 @@ class WeightStore:
         self._regions: dict[str, Region] = {}
         self._plan: ManifestPlan | None = None
         self._parts: OpenPlan | None = None
+        self._moves = MovePlan()  # of the last command that has one
         self._check_finite = check_finite
         self._shadow = ShadowMemory(self.live, twin, memory or memory_left(device))
         self._transaction: Transaction | None = None
@@ -209,23 +208,35 @@ class WeightStore:
         return self._shadow.memories(rules, lambda name: self._region(name).memories, is_needed=mode == "shadow")
 
     def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
-        """The work of moving manifest entry `index` into place; nothing is written before `advance`.
+        """As `Arriving.one`; nothing is written before `advance`."""
+        return self._arriving().one(index, data, start)
 
-        `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Or it
-        is the next piece of its bytes, from `start` on: one at 0 begins the tensor, the last one completes it. Raises
-        `WeightUpdateError` naming the tensor if it is not that, or cannot be read.
-        """
-        transaction = self._require_update()
-        info = transaction.manifest[index]
-        source = source_of(info, data, start)
-        arrival = self._arriving(transaction, index, start)
-        return StageWork(
-            source,
-            arrival,
-            self._side,
-            before_write=transaction.require_open,
-            on_done=lambda: self._arrived(transaction, index, info, arrival),
-            check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
+    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
+        """The work of moving pieces in a buffer into place: on a device, many of them at once."""
+        return one_by_one(self.stage, pieces) if self._buffers is None else together(partial(self.stage_all, pieces))
+
+    def stage_all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
+        """As `stage`, of pieces whose `data`, uint8 [size] on the device or pinned, is read until it is done."""
+        return self._arriving().all(pieces)
+
+    def moves(
+        self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool
+    ) -> Callable[[StageBuffer], Copies] | None:
+        """As `WeightMachine.moves`, of an update of which nothing is staged."""
+        arriving = self._arriving()
+        if isinstance(ref, BufferRef) or self._plan is None or not arriving.writes_live:
+            return None
+        if not self._moves.fits(self._plan, entries, ref):
+            plan = arriving.move_plan(self._plan, entries, ref) if are_right else None
+            if plan is None:
+                return None
+            self._moves = plan
+        return partial(arriving.moved, self._moves)
+
+    def _arriving(self) -> Arriving:
+        update = self._require_update()
+        return Arriving(
+            update, self.weight_map, self._region, self._side, self.sum_keys, check_finite=self._check_finite
         )
 
     @property
@@ -237,58 +248,6 @@ class WeightStore:
         """A buffer of the open update to stage from. Raises `RequestError` or `UnavailableError`."""
         return SharedBuffer.open(ref) if self._buffers is None else self._buffers.open(ref)
 
-    def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
-        """The work of moving pieces in a buffer into place: on a device, many of them at once."""
-        return one_by_one(self.stage, pieces) if self._buffers is None else self._stage_together(pieces)
-
-    def _stage_together(self, pieces: Iterator[StagePiece]) -> Copies:
-        copies = self.stage_all(pieces)
-        yield copies.whole, copies
-
-    def stage_all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
-        """As `stage`, of pieces whose `data`, uint8 [size] on the device or pinned, is read until it is done."""
-        transaction = self._require_update()
-        return DeviceCopies(
-            pieces,
-            partial(self._target, transaction),
-            partial(transaction.take_moved, check_finite=self._check_finite),
-            partial(self._arriving_piece, transaction),
-            self._side,
-            self.sum_keys,
-            transaction.require_open,
-            are_digests=transaction.has_digests,
-        )
-
-    def _target(self, transaction: Transaction, piece: StagePiece) -> WholeTarget | None:
-        name = transaction.manifest[piece.index].name
-        if name in self.weight_map.aliases or piece.data.device != self.device:
-            return None
-        return transaction.whole_target(piece, self._region(name))
-
-    def _arriving_piece(self, transaction: Transaction, piece: StagePiece) -> ArrivingPiece:
-        info = transaction.manifest[piece.index]
-        arrival = self._arriving(transaction, piece.index, piece.start)
-
-        def refuse(dtype: torch.dtype) -> None:
-            raise WeightUpdateError(not_finite(info.name, dtype), field=info.name)
-
-        return ArrivingPiece(
-            piece.data.view(TORCH_DTYPES[info.dtype]),
-            arrival,
-            lambda: self._arrived(transaction, piece.index, info, arrival),
-            refuse if self._check_finite else None,
-        )
-
-    def _arriving(self, transaction: Transaction, index: int, start: int | None) -> Arrival:
-        """The tensor that a piece at byte `start` is of, begun anew by its first."""
-        info = transaction.manifest[index]
-        arrival = transaction.arrivals.pop(index, None)  # a piece that is never done leaves a tensor to begin again
-        if not start:
-            return self._arrival(transaction, info)
-        if arrival is None or arrival.num_elements * TORCH_DTYPES[info.dtype].itemsize != start:
-            raise WeightUpdateError(f"{info.name}: a piece at byte {start} is not the next one", field=info.name)
-        return arrival
-
     def open_payload(self, payload: Payload) -> ForeignMemory:
         """What another engine's client shares, to be staged until that is closed. `WeightUpdateError` without it."""
         with self._side.using():  # on a device the sender is waited for where it is copied
@@ -298,41 +257,6 @@ class WeightStore:
         """Manifest entry `index` is to be staged again. Returns what has to be now: it, and the one that was compared
         with it because they are tied."""
         return self._require_update().forget(index)
-
-    def _arrival(self, transaction: Transaction, info: TensorInfo) -> Arrival:
-        destination = self._destination(transaction, info.name)
-        is_live = transaction.mode == "inplace" and info.name not in self.weight_map.aliases
-        is_summed = info.name in transaction.compared or len(info.digest) == DIGEST_LENGTH
-        summed = [destination] if is_summed else []
-        if self._tied_live(transaction, info.name):  # owns no memory: its destination is scratch
-            summed.append(self._region(info.name))
-        sums = [(region, PositionSum(self.sum_keys)) for region in summed]
-        return Arrival(destination, sums, is_live=is_live, hashes=len(info.digest) > DIGEST_LENGTH)
-
-    def _tied_live(self, transaction: Transaction, name: str) -> str:
-        """What `name` has to equal as it is live, since it is not sent as well; else ""."""
-        target = self.weight_map.aliases.get(name, "")
-        return "" if target in transaction.names else target
-
-    def _arrived(self, transaction: Transaction, index: int, info: TensorInfo, arrival: Arrival) -> None:
-        if not arrival.is_whole:
-            transaction.arrivals[index] = arrival
-            return
-        target = self._tied_live(transaction, info.name)
-        if target:
-            transaction.totals[target] = arrival.sums[-1][1].hexdigest()
-        transaction.finish(info, arrival)
-
-    def _require_finite(self, name: str, written: torch.Tensor) -> None:
-        if not is_finite(written):
-            raise WeightUpdateError(not_finite(name, written.dtype), field=name)
-
-    def _destination(self, transaction: Transaction, name: str) -> Region:
-        live = self._region(name)
-        if name in self.weight_map.aliases:  # owns no memory: converted into scratch, to be compared and forgotten
-            with self._side.enqueuing():
-                return live.over([torch.empty_like(each) for each in live.memories])
-        return live.over(transaction.shadow[name]) if transaction.mode == "shadow" else live
 
     def commit(self) -> Enqueued:
         """Make what was staged live; then the update is over. One that fails half-way leaves a mix, and is open."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo
-from headrace.weights.device_staging import WholeTarget
-from headrace.weights.memory import ResolvedMode, StagePiece
+from headrace.weights.memory import ResolvedMode
 from headrace.weights.open_plan import OpenPlan
+from headrace.weights.piece_slices import WholeTarget
 from headrace.weights.position_sum import DIGEST_LENGTH, digest_of
 from headrace.weights.region import Region, place_in
 from headrace.weights.shadow import Memories
@@ -65,14 +65,14 @@ class Transaction:
         """What arrives is held against digests."""
         return any(info.digest for info in self.manifest)
 
-    def whole_target(self, piece: StagePiece, live: Region) -> WholeTarget | None:
+    def whole_target(self, index: int, live: Region) -> WholeTarget | None:
         """Where a whole tensor of this device is only to be moved; None: more is to be done with it."""
-        info, place = self.manifest[piece.index], live.place
-        if piece.start is not None or place is None or info.name in self.compared:
+        info, place = self.manifest[index], live.place
+        if place is None or info.name in self.compared:
             return None
         if info.dtype != dtype_name(live.dtype) or (info.digest and not self._takes_sum(info.digest)):
             return None
-        self.arrivals.pop(piece.index, None)
+        self.arrivals.pop(index, None)
         if self.mode == "inplace":
             return WholeTarget(place, is_live=True)
         return WholeTarget(place_in(self.shadow[info.name][0]), is_live=False)

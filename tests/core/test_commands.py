@@ -24,6 +24,7 @@ from headrace.types.messages import (
     BeginUpdate,
     Command,
     CommitUpdate,
+    CoreStatus,
     DescribeWeights,
     Digest,
     Discard,
@@ -487,3 +488,21 @@ def test_a_result_that_cannot_be_applied_ends_its_requests_only(overlap_depth: i
     assert core.tokens(3) == core.tokens(4) == list(range(6, 16))
     status = core.status()
     assert status.metrics["num_invariant_breaches"] == 1 and status.num_used_tokens == 0
+
+
+def test_an_answer_brings_the_status_that_was_asked_for() -> None:
+    """As it is once the command is done, also where that is later, or it is refused."""
+    core = Core()
+
+    def status_of(call_id: int) -> CoreStatus | None:
+        core.until(lambda: call_id in core.link.replies)
+        status = core.link.replies[call_id].status
+        return msgspec.msgpack.decode(status, type=CoreStatus) if status else None
+
+    paused = status_of(core.start(lambda i: Pause(i, "keep", wants_status=True)))
+    assert paused is not None and paused.paused == "keep"
+    refused = status_of(core.start(lambda i: AbortUpdate(i, 5, wants_status=True)))
+    assert refused is not None and refused.paused == "keep"
+    resumed = status_of(core.start(lambda i: Resume(i, wants_status=True)))
+    assert resumed is not None and resumed.paused == ""
+    assert status_of(core.start(FlushCache)) is None

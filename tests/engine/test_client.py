@@ -203,6 +203,34 @@ def test_the_core_s_error_is_raised_with_its_class() -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+@pytest.mark.parametrize("comes_with_it", [True, False])
+def test_after_a_change_the_status_is_fresh(is_refused: bool, comes_with_it: bool) -> None:
+    """It comes with the answer; where it does not, it is asked for."""
+
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        changed = msgspec.structs.replace(STATUS, version="new") if comes_with_it else STATUS
+        call = asyncio.create_task(client.change(Resume, NoneType))
+        await asyncio.sleep(0)
+        [command] = await core.commands()
+        assert isinstance(command, Resume) and command.wants_status
+        noted: list[CoreStatus] = []
+        client.on_status = noted.append
+        error = ErrorInfo("WeightUpdateError", "no") if is_refused else None
+        status = msgspec.msgpack.encode(changed) if comes_with_it else b""
+        core.link.send(Reply(command.call_id, error=error, status=status))
+        while not call.done():
+            await (asyncio.sleep(0.01) if comes_with_it else core.commands())
+        assert noted[-1:] == [changed] and (call.exception() is not None) == is_refused
+        reading = asyncio.create_task(client.call(FlushCache, int))
+        [command] = await core.commands()
+        assert isinstance(command, FlushCache) and not command.wants_status
+        core.link.send(Reply(command.call_id, msgspec.msgpack.encode(1)))
+        await reading
+
+    play(scenario)
+
+
 def test_a_call_has_a_deadline_and_a_late_reply_harms_nobody() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
         with pytest.raises(DeadlineError, match="FlushCache"):

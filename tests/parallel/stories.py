@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.config import EngineConfig, resolve
 from headrace.parallel import Mesh
-from headrace.runner import Runner, build_runner
+from headrace.runner import Runner, build_runner, launches
 from headrace.runner.device_runner import DeviceRunner
 from headrace.types.request import TokenSampling
 from headrace.types.sampling_params import LogprobOptions
@@ -43,6 +43,21 @@ def make(mesh: Mesh, folder: str, **settings: Any) -> Any:
     ranks = {"tp_size": mesh.num_ranks, "pp_size": mesh.num_stages}
     resolved = resolve(EngineConfig(model=folder, **(SETTINGS | ranks | settings)), Path(folder))
     return build_runner(resolved, mesh=mesh)
+
+
+def sample_in_shares(mesh: Mesh, folder: str, settings: dict[str, Any], num_rows: int, top_k: int) -> Any:
+    """Random tokens of as many prompts, of which each rank samples its share, however few."""
+    before, launches.MIN_SHARED_ROWS = launches.MIN_SHARED_ROWS, 1
+    try:
+        story, slots = Story(make(mesh, folder, **settings)), list(range(num_rows))
+        for slot in slots:
+            sampling = TokenSampling(1.0, top_k=top_k)
+            story.enter(slot, tokens_of(slot, 2 + slot), sampling=sampling, logprobs=LogprobOptions())
+        story.prefill(slots, 8)
+        story.decode(slots, 3)
+        return story.told()
+    finally:
+        launches.MIN_SHARED_ROWS = before
 
 
 def tokens_of(seed: int, length: int) -> list[int]:

@@ -80,6 +80,9 @@ def test_in_order_a_row_has_the_same_bits_in_any_batch() -> None:
 def test_values_are_gathered_by_rank_and_sent_from_one(num_ranks: int) -> None:
     def tell(mesh: Mesh) -> Any:
         communicator = mesh.communicator
+        parts = communicator.exchange(values_of(mesh.rank, 2 * num_ranks, 3))
+        of_others = [values_of(rank, 2 * num_ranks, 3)[2 * mesh.rank : 2 * mesh.rank + 2] for rank in range(num_ranks)]
+        assert all(torch.equal(part, other) for part, other in zip(parts, of_others, strict=True))
         gathered = communicator.all_gather(values_of(mesh.rank, 3, 2).t())
         least, most = torch.tensor([mesh.rank, -mesh.rank]), torch.tensor([mesh.rank])
         communicator.all_reduce_(least, "min")

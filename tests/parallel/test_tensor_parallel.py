@@ -123,16 +123,30 @@ def test_ranks_are_as_exact_in_narrow_dtypes_as_one(pool: RankPool, folders: Fol
     assert error < 1.5 * error_alone
 
 
+NARROW = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1},
+}
+
+
 @pytest.mark.parametrize("numerics", ["fast", "invariant"])
 def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numerics: str) -> None:
     """Through Triton's interpreter: its embedding, partial products and samplers; one key-value head on both ranks."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}
-    folder = save_model(make_model("llama", **sizes, **heads, tie_word_embeddings=True), tmp_path)
+    folder = save_model(make_model("llama", **NARROW, attention_bias=True, tie_word_embeddings=True), tmp_path)
     settings = {"attention_backend": "triton", "numerics": numerics, "max_num_batched_tokens": 8}
     arguments = {"folder": str(folder), "chunk": 4, "num_tokens": 2, "settings": settings | {"max_running_requests": 4}}
     (expected,) = pool.run(1, "generate", **arguments, lengths=[5, 1])
     check_ranks(pool.run(2, "generate", **arguments, lengths=[5, 1]), expected)
+
+
+@pytest.mark.parametrize("top_k", [-1, 5])
+def test_ranks_that_sample_their_share_of_the_rows_know_all_tokens(pool: RankPool, tmp_path: Path, top_k: int) -> None:
+    """The vocabulary does not divide; the next step begins with what others have sampled."""
+    folder = save_model(make_model("llama", **NARROW), tmp_path)
+    settings = {"attention_backend": "triton", "max_num_batched_tokens": 8, "max_running_requests": 2}
+    arguments = {"folder": str(folder), "settings": settings, "num_rows": 2, "top_k": top_k}
+    (expected,) = pool.run(1, "sample_in_shares", **arguments)
+    check_ranks(pool.run(2, "sample_in_shares", **arguments), expected)
 
 
 @pytest.mark.parametrize(("shape", "num_ranks"), [("llama-biases", 2), ("qwen3_moe", 4)])

@@ -20,6 +20,7 @@ from headrace import Client, Engine, ShutdownError, UnavailableError, serve
 from headrace.engine.calls import Calls
 from headrace.server.connections import CLIENT
 from headrace.server.waiting import WaitingCalls
+from headrace.types.messages import Reply
 from tests.server.bucket_client import bodies
 from tests.server.builders import SETTINGS, save_random_model
 
@@ -131,25 +132,22 @@ def end_after_call(patch: pytest.MonkeyPatch, end: Callable[[WaitingCalls], obje
 def end_once_the_core_has_done_it(patch: pytest.MonkeyPatch) -> None:
     """Before the front has seen to what follows."""
     real_run: Any = WaitingCalls.run
-    real_call: Any = Calls.call
+    real_settle: Any = Calls.settle
     ending: list[WaitingCalls] = []
 
     async def run(calls: WaitingCalls, *arguments: Any) -> Any:
         ending.append(calls)
         return await real_run(calls, *arguments)
 
-    async def call(calls: Calls, command: Any, timeout: float, on_answer: Any = None, **how: Any) -> bytes:
-        async def then_end() -> None:
+    def settle(calls: Calls, reply: Reply) -> None:
+        real_settle(calls, reply)
+        if reply.status:
             for each in ending:
                 each.end()
             ending.clear()
-            await on_answer()
-
-        found: bytes = await real_call(calls, command, timeout, on_answer and then_end, **how)
-        return found
 
     patch.setattr(WaitingCalls, "run", run)
-    patch.setattr(Calls, "call", call)
+    patch.setattr(Calls, "settle", settle)
 
 
 TURNS = (end_in_last_step, end_before_callback, end_once_the_core_has_done_it)

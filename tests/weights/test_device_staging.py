@@ -12,11 +12,11 @@ import torch
 
 from headrace.config import ModelSpec
 from headrace.kernels.triton import weight_pieces
-from headrace.kernels.triton.weight_pieces import Row
+from headrace.kernels.triton.weight_pieces import Row, Table
 from headrace.models import weight_map
 from headrace.types.errors import UpdateConflictError, WeightUpdateError
 from headrace.types.weights import TensorInfo, UpdateMode
-from headrace.weights import Shard, device_staging
+from headrace.weights import Shard, piece_slices
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
 from headrace.weights.staging import Enqueued
@@ -29,10 +29,11 @@ CPU = torch.device("cpu")
 KEYS = PositionKeys(CPU)
 
 
-def moved_one_by_one(rows: Sequence[Row], words: torch.Tensor, *, sums: bool = True) -> torch.Tensor:
+def moved_one_by_one(rows: Sequence[Row] | Table, words: torch.Tensor, *, sums: bool = True) -> torch.Tensor:
     """What `move_rows` does, by definition."""
     results = torch.zeros(len(rows), 3, dtype=torch.int64)
-    for result, (source, target, start, count, exponent, size) in zip(results, rows, strict=True):
+    for result, row in zip(results, rows, strict=True):
+        source, target, start, count, exponent, size = map(int, row)
         if not count:
             continue
         dtype = {(0x7F80, 2): torch.bfloat16, (0x7C00, 2): torch.float16, (0x7F80, 4): torch.float32}[exponent, size]
@@ -198,7 +199,7 @@ def test_the_kernel_itself_ends_in_a_cold_load(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_under_way_is_bounded_and_goes_on_while_the_first_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a device that has not done anything yet two slices are enqueued, and none is waited for."""
-    monkeypatch.setattr(device_staging, "MAX_SLICE_PIECES", 2)
+    monkeypatch.setattr(piece_slices, "MAX_SLICE_PIECES", 2)
     done = [False]
     monkeypatch.setattr(Enqueued, "is_done", lambda _: done[0])
     weight_map = make_map()
@@ -222,7 +223,7 @@ def test_what_is_under_way_is_bounded_and_goes_on_while_the_first_is_looked_at(m
 
 def test_the_next_piece_of_a_tensor_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where that is in a slice before, which the device has not done."""
-    monkeypatch.setattr(device_staging, "MAX_SLICE_PIECES", 1)
+    monkeypatch.setattr(piece_slices, "MAX_SLICE_PIECES", 1)
     weight_map = make_map()
     tensors = make_tensors(weight_map, 1)
     store = store_of(weight_map, make_tensors(weight_map, 100), torch.float32)

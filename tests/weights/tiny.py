@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
+from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
 from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
 from headrace.weights.session import WeightMachine
 from headrace.weights.staging import TORCH_DTYPES, Enqueued, StageWork, TensorData, dtype_name
@@ -193,6 +193,9 @@ class _Memory:
 
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
+
+    def moves(self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool) -> None:
+        return None
 
     def forget(self, index: int) -> list[int]:
         return WeightStore.forget(self._store, index)

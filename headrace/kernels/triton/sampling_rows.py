@@ -271,6 +271,18 @@ def _reduce_kernel(
         tl.store(last_ptr + slot, token)
 
 
+@triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "slots_ptr"])
+def _leave_kernel(tokens_ptr, slots_ptr, last_ptr, num_rows, BLOCK_S: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
+    tl.store(last_ptr + slots, tl.load(tokens_ptr + rows, mask=slots >= 0, other=0), mask=slots >= 0)
+
+
+def leave_tokens(tokens_S: Tensor, slots_S: Tensor, last_tokens: Tensor) -> None:
+    """last_tokens[slot] = token, int32, for each row whose slot is not below 0."""
+    _leave_kernel[(triton.cdiv(len(slots_S), 256),)](tokens_S, slots_S, last_tokens, len(slots_S), BLOCK_S=256)
+
+
 @dataclass(frozen=True)
 class SamplingWorkspace:
     """Results of one pass over at most `max_rows` rows [R], in B blocks each.

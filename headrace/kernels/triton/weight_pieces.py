@@ -54,7 +54,7 @@ def target_of(memory: Tensor) -> Row:
     return memory.data_ptr(), 0, memory.numel(), _EXPONENTS[memory.dtype], memory.element_size()
 
 
-def move_rows(rows_of_pieces: Sequence[Row], words: Tensor, *, sums: bool = True) -> Tensor:
+def move_rows(rows_of_pieces: Sequence[Row] | Table, words: Tensor, *, sums: bool = True) -> Tensor:
     """Copy pieces, on the current stream: their memory is to be held until this returns. Returns int64 [pieces, 3]:
     both sums of each, by the keys in `words`, int64 [4, 4096, 2], or zeros without `sums`, which take a quarter of the
     time; and 1 where it holds NaN or infinity, else 0."""

@@ -1,0 +1,279 @@
+"""Sums over ranks whose devices write to each other's memory: one launch on each, and no other hop (one-shot, pushed).
+
+Every rank writes what it has into a slot of each other's memory, and reads its own slots once the others' values are
+there. Small sums are written in words of 8 bytes, of which half says of which launch it is: whoever reads it sees by
+itself whether it has come. Of large ones a flag follows, once all is written.
+
+A launch has always as many programs, each with a number of its own of the launches it was in: that is what words and
+flags say, and its parity which of two slots is used. A slot is free again: a rank that is in launch e has waited for
+something that each other wrote in e - 1, and so after the end of e - 2, the last one to use the slot.
+
+Legend: N ranks, B programs, X width.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.kernels.triton.dependent_launch import launch_options
+
+BLOCK = 4096
+"""Elements that a program takes at once."""
+
+WORDS = 512
+"""That a program takes, all at once; a word holds 4 bytes of values."""
+
+WORD_BYTES = 8
+_WARPS = 8
+_WORD_WARPS = 4
+_LOOKS = tl.constexpr(1024)
+"""For what another writes before each at the host, which is far away."""
+
+
+@dataclass(frozen=True, eq=False)
+class RankMemory:
+    """The memory that launches of one kind use, on one rank.
+
+    slots       int64 [N], where each rank's memory begins here: [2, N] slots of `slot_bytes`, by the rank that writes
+    flags       int64 [N], where each rank's flags begin here: int32 [N, B], by the rank that writes; None: by words
+    num_launches  int32 [B], of this rank's programs
+    stop        int32 [1] that the host can write to: once it is not 0 nothing is waited for
+    """
+
+    slots: Tensor
+    flags: Tensor | None
+    num_launches: Tensor
+    stop: Tensor
+    slot_bytes: int
+
+    @property
+    def max_bytes(self) -> int:
+        """Of the values of one sum."""
+        return self.slot_bytes if self.flags is not None else self.num_launches.numel() * WORDS * 4
+
+
+def sum_over_ranks(
+    memory: RankMemory,
+    rank: int,
+    values: Tensor,
+    out: Tensor,
+    bias_X: Tensor | None = None,
+    *,
+    adds: bool,
+    pdl: bool = False,
+    pushes: bool = True,
+    takes: bool = True,
+) -> None:
+    """out = the sum of all ranks' values, or out += that sum, and then += bias; of the same bits on all ranks.
+
+    Summed in float32 from rank 0 on, and rounded to their dtype after the sum and after each addition. All are
+    contiguous, of one shape [*, X] and dtype, have an even number of elements and fit into a slot. `pushes` and
+    `takes`: only that half, in tests.
+    """
+    num_blocks, size, width = memory.num_launches.numel(), values.element_size(), values.shape[-1]
+    common = {
+        "RANK": rank, "RANKS": memory.slots.numel(), "ADDS": adds, "HAS_BIAS": bias_X is not None, "PUSHES": pushes,
+        "TAKES": takes, "PDL": pdl, **launch_options(pdl),
+    }  # fmt: skip
+    if memory.flags is None:
+        _word_kernel[(num_blocks,)](
+            values, out, bias_X, memory.slots, memory.num_launches, memory.stop, values.nbytes // 4,
+            width * size // 4, memory.slot_bytes // WORD_BYTES, BLOCK=WORDS, num_warps=_WORD_WARPS, **common,
+        )  # fmt: skip
+        return
+    _flag_kernel[(num_blocks,)](
+        values, out, bias_X, memory.slots, memory.flags, memory.num_launches, memory.stop, values.numel(), width,
+        memory.slot_bytes // size, PROGRAMS=num_blocks, ON_DEVICE=values.is_cuda, BLOCK=BLOCK, num_warps=_WARPS,
+        **common,
+    )  # fmt: skip
+
+
+@triton.jit
+def _take_turn(PDL: tl.constexpr):
+    """Let the next launch begin, which may fetch ahead while this one waits; and wait for the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _slot(slots, rank, launch, source, slot_size, RANKS: tl.constexpr, dtype: tl.constexpr):
+    """Where a rank finds what another one writes in this launch."""
+    start = tl.multiple_of(tl.load(slots + rank).to(tl.pointer_type(dtype)), 16)
+    return start + ((launch & 1) * RANKS + source).to(tl.int64) * slot_size
+
+
+@triton.jit
+def _halves(word, dtype: tl.constexpr):
+    """The two values of a word, in float32; of float32 it is one, and the other is 0."""
+    if dtype.primitive_bitwidth == 32:
+        low, high = word.to(dtype, bitcast=True), tl.zeros_like(word).to(tl.float32)
+    else:
+        low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _word(low, high, dtype: tl.constexpr):
+    """The word of two values, rounded."""
+    if dtype.primitive_bitwidth == 32:
+        word = low.to(tl.int32, bitcast=True)
+    else:
+        word = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word |= high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return word
+
+
+@triton.jit
+def _added(word, other, dtype: tl.constexpr):
+    low, high = _halves(word, dtype)
+    other_low, other_high = _halves(other, dtype)
+    return _word(low + other_low, high + other_high, dtype)
+
+
+@triton.jit
+def _word_kernel(
+    values_ptr, out_ptr, bias_ptr, slots, num_launches, stop, num_words, width, slot_words,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, PUSHES: tl.constexpr,
+    TAKES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _take_turn(PDL)
+    dtype: tl.constexpr = values_ptr.dtype.element_ty
+    words_ptr, sums_ptr = values_ptr.to(tl.pointer_type(tl.int32)), out_ptr.to(tl.pointer_type(tl.int32))
+    program = tl.program_id(0)
+    launch = tl.load(num_launches + program) + 1
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_words
+    if program * BLOCK < num_words:
+        own = tl.load(words_ptr + at, mask=mask, other=0)
+        if PUSHES:
+            tagged = (launch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
+            for rank in tl.static_range(RANKS):
+                if rank != RANK:
+                    tl.store(_slot(slots, rank, launch, RANK, slot_words, RANKS, tl.int64) + at, tagged, mask=mask)
+            tl.debug_barrier()  # it is on its way before anything is waited for
+        if TAKES:
+            before = own
+            if ADDS:  # while the others' are on their way
+                before = tl.load(sums_ptr + at, mask=mask, other=0)
+            low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            for rank in tl.static_range(RANKS):
+                word = own
+                if rank != RANK:
+                    slot = _slot(slots, RANK, launch, rank, slot_words, RANKS, tl.int64)
+                    found = tl.load(slot + at, mask=mask, other=0, volatile=True)
+                    num_looks = 0
+                    is_over = 0
+                    num_missing = tl.sum(((found >> 32).to(tl.int32) != launch).to(tl.int32) * mask.to(tl.int32), 0)
+                    while (num_missing > 0) & (is_over == 0):
+                        found = tl.load(slot + at, mask=mask, other=0, volatile=True)
+                        num_missing = tl.sum(((found >> 32).to(tl.int32) != launch).to(tl.int32) * mask.to(tl.int32), 0)
+                        num_looks += 1
+                        is_over = tl.load(stop, mask=num_looks % _LOOKS == 0, other=0, volatile=True)
+                    word = found.to(tl.int32)
+                low_part, high_part = _halves(word, dtype)
+                low += low_part
+                high += high_part
+            total = _word(low, high, dtype)
+            if ADDS:
+                total = _added(before, total, dtype)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr.to(tl.pointer_type(tl.int32)) + at % width, mask=mask, other=0)
+                total = _added(total, bias, dtype)
+            tl.store(sums_ptr + at, total, mask=mask)
+    if TAKES:
+        tl.store(num_launches + program, launch)
+
+
+@triton.jit
+def _flag(flags, rank, source, PROGRAMS: tl.constexpr):
+    return tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + source * PROGRAMS + tl.program_id(0)
+
+
+@triton.jit
+def _raise_flag(flag, launch, ON_DEVICE: tl.constexpr):
+    """What this program has written before is there for whoever sees it. A store: not every link has atomics."""
+    if ON_DEVICE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+            " @first st.release.sys.global.u32 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [flag.to(tl.int64), launch], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.atomic_xchg(flag, launch, sem="release", scope="sys")
+
+
+@triton.jit
+def _await_flag(flag, launch, stop, LOOKS: tl.constexpr, ON_DEVICE: tl.constexpr):
+    """What another program wrote before its flag is there afterwards. One thread looks, and does not write: where many
+    programs do so by atomics the flag itself does not come through."""
+    if ON_DEVICE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred is; .reg .u32 thread, over; .reg .s32 looks, ahead; mov.s32 looks, 0; mov.u32 thread, %tid.x;"
+            " setp.ne.u32 is, thread, 0; @is bra done;"
+            " look: ld.acquire.sys.global.s32 ahead, [$1]; sub.s32 ahead, ahead, $2;"  # numbers may have begun anew
+            " setp.ge.s32 is, ahead, 0; @is bra done;"
+            " add.s32 looks, looks, 1; setp.lt.s32 is, looks, $4; @is bra look; mov.s32 looks, 0;"
+            " ld.volatile.global.u32 over, [$3]; setp.eq.u32 is, over, 0; @is bra look;"
+            " done: mov.u32 $0, 0; }",
+            "=r,l,r,l,r", [flag.to(tl.int64), launch, stop.to(tl.int64), LOOKS], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _flag_kernel(
+    values_ptr, out_ptr, bias_ptr, slots, flags, num_launches, stop, num_elements, width, slot_elements,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PUSHES: tl.constexpr, TAKES: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _take_turn(PDL)
+    dtype: tl.constexpr = values_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    launch = tl.load(num_launches + program) + 1
+    size = tl.cdiv(tl.cdiv(num_elements, BLOCK), PROGRAMS) * BLOCK
+    first = program * size
+    end = tl.minimum(first + size, num_elements)
+    if first < end:
+        if PUSHES:
+            for start in range(first, end, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                value = tl.load(values_ptr + at, mask=at < end)
+                for rank in tl.static_range(RANKS):
+                    if rank != RANK:
+                        slot = _slot(slots, rank, launch, RANK, slot_elements, RANKS, dtype)
+                        tl.store(slot + at, value, mask=at < end)
+            tl.debug_barrier()  # one thread raises the flag, of what all have written
+            for rank in tl.static_range(RANKS):
+                if rank != RANK:
+                    _raise_flag(_flag(flags, rank, RANK, PROGRAMS), launch, ON_DEVICE)
+        if TAKES:
+            for rank in tl.static_range(RANKS):
+                if rank != RANK:
+                    _await_flag(_flag(flags, RANK, rank, PROGRAMS), launch, stop, _LOOKS, ON_DEVICE)
+            tl.debug_barrier()
+            for start in range(first, end, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                total = tl.zeros([BLOCK], tl.float32)
+                for rank in tl.static_range(RANKS):
+                    if rank == RANK:
+                        value = tl.load(values_ptr + at, mask=at < end, other=0.0)
+                    else:
+                        slot = _slot(slots, RANK, launch, rank, slot_elements, RANKS, dtype)
+                        value = tl.load(slot + at, mask=at < end, other=0.0, cache_modifier=".cg")
+                    total += value.to(tl.float32)
+                total = total.to(dtype)
+                if ADDS:
+                    before = tl.load(out_ptr + at, mask=at < end, other=0.0)
+                    total = (before.to(tl.float32) + total.to(tl.float32)).to(dtype)
+                if HAS_BIAS:
+                    bias = tl.load(bias_ptr + at % width, mask=at < end, other=0.0)
+                    total = (total.to(tl.float32) + bias.to(tl.float32)).to(dtype)
+                tl.store(out_ptr + at, total, mask=at < end)
+    if TAKES:
+        tl.store(num_launches + program, launch)

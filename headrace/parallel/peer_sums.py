@@ -1,0 +1,163 @@
+"""Sums over the ranks of one host whose devices reach each other's memory. Owns that memory, and for which sums it is
+used; the kernel is `headrace.kernels.triton.rank_sums`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headrace.parallel.device_sharing import MappedMemory, SharedDeviceMemory
+from headrace.types.errors import UnavailableError
+from headrace.types.weights import DeviceArea
+
+if TYPE_CHECKING:
+    from headrace.kernels.triton.rank_sums import RankMemory
+
+logger = logging.getLogger(__name__)
+
+Gather = Callable[[Tensor], list[Tensor]]
+
+MAX_RANKS = 8
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT = 16
+_NO_HANDLE = bytes(64)
+
+
+class Lane(NamedTuple):
+    """Launches of one kind: how many programs each has, and the bytes of a slot; without flags its sums go by words."""
+
+    num_programs: int
+    slot_bytes: int
+    has_flags: bool
+
+    def slots_bytes(self, num_ranks: int) -> int:
+        """Of one rank."""
+        return 2 * num_ranks * self.slot_bytes
+
+    def flags_bytes(self, num_ranks: int) -> int:
+        """Of one rank."""
+        return 4 * num_ranks * self.num_programs if self.has_flags else 0
+
+
+LANES = (
+    Lane(32, 128 << 10, has_flags=False),
+    Lane(256, 1 << 20, has_flags=False),
+    Lane(256, 8 << 20, has_flags=True),
+)
+"""The last takes what NCCL would take as long for, on two H200 (docs/benchmarks.md)."""
+
+
+class PeerSums:
+    """Sums of this rank with the others, each of a call that all of them make."""
+
+    def __init__(self, rank: int, memories: Sequence[RankMemory], stop: Tensor) -> None:
+        self._rank, self._memories, self._stop = rank, memories, stop
+        self.max_bytes = self.capacity
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the largest sum that there is room for."""
+        return self._memories[-1].max_bytes
+
+    def takes(self, values: Tensor, out: Tensor) -> bool:
+        """Whether such a sum is to be had: of one shape, contiguous, and not too large."""
+        fits = 0 < values.nbytes <= self.max_bytes and values.shape[-1] % 2 == 0
+        fits = fits and values.dtype == out.dtype in _DTYPES
+        lies_well = all(each.is_contiguous() and each.data_ptr() % _ALIGNMENT == 0 for each in (values, out))
+        return fits and lies_well and values.shape == out.shape
+
+    def sum(self, values: Tensor, out: Tensor, bias_X: Tensor | None = None, *, adds: bool) -> None:
+        """As `rank_sums.sum_over_ranks`, enqueued."""
+        from headrace.kernels.triton.rank_sums import sum_over_ranks
+
+        memory = next(each for each in self._memories if values.nbytes <= each.max_bytes)
+        sum_over_ranks(memory, self._rank, values, out, bias_X, adds=adds, pdl=True)
+
+    def abort(self) -> None:
+        """No sum waits any more, and none is right."""
+        self._stop.fill_(1)
+
+
+class PeerMemory:
+    """What the sums of one rank need of the memory of all, until it is closed."""
+
+    def __init__(self, sums: PeerSums, own: SharedDeviceMemory, mapped: Sequence[MappedMemory]) -> None:
+        self.sums = sums
+        self._own, self._mapped = own, mapped
+
+    @classmethod
+    def connect(cls, rank: int, num_ranks: int, device: torch.device, gather: Gather) -> PeerMemory | None:
+        """With ranks that all call this; `gather` is of a tensor of each. None, for all of them, where one device
+        cannot reach another."""
+        own, mapped, problem = None, list[MappedMemory](), ""
+        try:
+            own = _empty(num_ranks, device)
+        except UnavailableError as error:
+            problem = error.message
+        handles = _gathered(own.ref.areas[0].handle if own else _NO_HANDLE, device, gather)
+        try:
+            for other, handle in enumerate(handles):
+                if other != rank and _NO_HANDLE not in handles:
+                    mapped.append(MappedMemory(DeviceArea(handle, 0, _num_bytes(num_ranks))))
+        except UnavailableError as error:
+            problem = error.message
+        if own is None or b"\0" in _gathered(bytes([len(mapped) == num_ranks - 1]), device, gather):
+            if problem:
+                logger.info("ranks do not reach each other's memory: %s", problem)
+            _close(own, mapped)
+            return None
+        addresses = [each.address for each in mapped]
+        addresses.insert(rank, own.view(0, 1).data_ptr())
+        stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        return cls(PeerSums(rank, _memories(addresses, device, stop), stop), own, mapped)
+
+    def close(self) -> None:
+        """Give it back: no rank sums any more. Idempotent."""
+        _close(self._own, self._mapped)
+
+
+def _num_bytes(num_ranks: int) -> int:
+    return sum(lane.slots_bytes(num_ranks) + lane.flags_bytes(num_ranks) for lane in LANES)
+
+
+def _empty(num_ranks: int, device: torch.device) -> SharedDeviceMemory:
+    """Slots and flags of no launch."""
+    size = _num_bytes(num_ranks)
+    memory = SharedDeviceMemory(size, device, shares_process=False)
+    memory.view(0, size).zero_()
+    memory.flush()
+    return memory
+
+
+def _gathered(values: bytes, device: torch.device, gather: Gather) -> list[bytes]:
+    sent = torch.frombuffer(bytearray(values), dtype=torch.uint8).to(device)
+    return [bytes(each.cpu().numpy()) for each in gather(sent)]
+
+
+def _memories(addresses: Sequence[int], device: torch.device, stop: Tensor) -> list[RankMemory]:
+    """What each lane has of the ranks' memories, which begin at these addresses."""
+    from headrace.kernels.triton.rank_sums import RankMemory
+
+    num_ranks, found, start = len(addresses), list[RankMemory](), 0
+    for lane in LANES:
+        slots = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
+        start += lane.slots_bytes(num_ranks)
+        flags = None
+        if lane.has_flags:
+            flags = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
+            start += lane.flags_bytes(num_ranks)
+        num_launches = torch.zeros(lane.num_programs, dtype=torch.int32, device=device)
+        found.append(RankMemory(slots, flags, num_launches, stop, lane.slot_bytes))
+    return found
+
+
+def _close(own: SharedDeviceMemory | None, mapped: Sequence[MappedMemory]) -> None:
+    for each in mapped:
+        each.close()
+    if own is not None:
+        own.close()

@@ -1,0 +1,169 @@
+"""Commands of whole tensors that are only moved, again and again: on a CPU that passes for a device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from headrace.kernels.triton import weight_pieces
+from headrace.types.errors import WeightUpdateError
+from headrace.types.weights import BufferEntry, DeviceArea, DeviceRef, TensorInfo
+from headrace.weights import move_plan
+from headrace.weights.memory import Copies, StageBuffer
+from headrace.weights.stage_buffers import AreaBytes, Opened
+from headrace.weights.store import WeightStore
+from tests.weights.test_device_staging import moved_one_by_one
+from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
+
+CPU = torch.device("cpu")
+Moves = Callable[[StageBuffer], Copies]
+
+
+@pytest.fixture(autouse=True)
+def moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_pieces, "move_rows", moved_one_by_one)
+    monkeypatch.setattr(move_plan, "MAX_SLICE_PIECES", 3)
+
+
+class Sender:
+    """Tensors in areas of some of them each, in any order, with gaps between them."""
+
+    def __init__(self, tensors: Tensors, choose: random.Random) -> None:
+        order = list(range(len(tensors)))
+        choose.shuffle(order)
+        held = list(tensors.values())
+        self.areas: list[torch.Tensor] = []
+        self.places: list[tuple[int, int, int]] = []  # index; area and offset
+        while order:
+            offsets, size = list[tuple[int, int]](), 0
+            for index in [order.pop() for _ in range(min(len(order), choose.randrange(1, 4)))]:
+                size += choose.randrange(3) * 64
+                offsets.append((index, size))
+                size += held[index].nbytes
+            self.places += ((index, len(self.areas), offset) for index, offset in offsets)
+            self.areas.append(torch.zeros(size + choose.randrange(2) * 8, dtype=torch.uint8))
+        self.fill(tensors)
+
+    def fill(self, tensors: Tensors) -> None:
+        held = list(tensors.values())
+        for index, area, offset in self.places:
+            data = held[index].contiguous().view(-1).view(torch.uint8)
+            self.areas[area][offset : offset + len(data)] = data
+
+    def move_away(self) -> None:
+        """The same bytes, elsewhere."""
+        self.areas = [area.clone() for area in self.areas]
+
+    @property
+    def ref(self) -> DeviceRef:
+        return DeviceRef(tuple(DeviceArea(b"", area.data_ptr(), len(area)) for area in self.areas))
+
+    def entries(self, manifest: Sequence[TensorInfo]) -> tuple[BufferEntry, ...]:
+        starts = [sum(len(area) for area in self.areas[:number]) for number in range(len(self.areas))]
+        sizes = [info.num_bytes for info in manifest]
+        return tuple(BufferEntry(index, starts[area] + offset, 0, sizes[index]) for index, area, offset in self.places)
+
+    def buffer(self) -> StageBuffer:
+        areas = self.ref.areas
+        return Opened(AreaBytes(areas, [None] * len(areas), CPU), lambda: None)
+
+
+def made(dtype: torch.dtype = torch.float32) -> WeightStore:
+    store = WeightStore(make_map(), dtype, CPU)
+    store.load(make_tensors(make_map(), 100).items())
+    return store
+
+
+def sent(store: WeightStore, sender: Sender, manifest: Sequence[TensorInfo], *, are_right: bool) -> list[int] | None:
+    """Indices in the order in which they are whole; None where the command is looked at piece by piece."""
+    moves = store.moves(sender.entries(manifest), sender.ref, are_right=are_right)
+    if moves is None:
+        return None
+    ((whole, copy),) = filter(None, moves(sender.buffer()))
+    assert copy.advance(60.0) and copy.has_written
+    return list(whole)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_worked_out_once_and_moves_what_is_there_now(seed: int) -> None:
+    store, choose = made(), random.Random(seed)
+    tensors = make_tensors(make_map(), seed)
+    manifest, sender = manifest_of(tensors), Sender(tensors, choose)
+    for number in range(3):
+        store.begin(manifest, "inplace", False)
+        assert bool(sent(store, sender, manifest, are_right=False)) == bool(number)
+        if not number:
+            assert sorted(sent(store, sender, manifest, are_right=True) or ()) == list(range(len(tensors)))
+        assert store.commit().is_done()
+        assert live_bits(store) == live_bits(make_store(make_map(), tensors))
+        tensors = {name: tensor + 1 for name, tensor in tensors.items()}
+        sender.move_away()
+        sender.fill(tensors)
+
+
+def begun() -> tuple[WeightStore, Sender, list[TensorInfo]]:
+    """Where the plan of a command is known, and an update is open again."""
+    store, tensors = made(), make_tensors(make_map(), 1)
+    manifest, sender = manifest_of(tensors), Sender(tensors, random.Random(1))
+    store.begin(manifest, "inplace", False)
+    assert sent(store, sender, manifest, are_right=True)
+    assert store.commit().is_done()
+    return store, sender, manifest
+
+
+def test_another_command_is_another() -> None:
+    store, sender, manifest = begun()
+    store.begin(manifest, "inplace", False)
+    entries, ref = sender.entries(manifest), sender.ref
+    grown = DeviceRef((*ref.areas[:-1], DeviceArea(b"", ref.areas[-1].offset, ref.areas[-1].size + 8)))
+    assert store.moves(entries, ref, are_right=False)
+    assert not store.moves(entries[::-1], ref, are_right=False)
+    assert not store.moves(entries[1:], ref, are_right=False)
+    assert not store.moves(entries, grown, are_right=False)
+    store.abort()
+    store.begin(manifest, "shadow", False)  # where else it would go
+    assert not store.moves(entries, ref, are_right=True)
+    store.abort()
+    store.begin(manifest[:3], "inplace", True)
+    assert not store.moves(entries, ref, are_right=False)
+
+
+def test_more_than_moving_is_done_piece_by_piece() -> None:
+    store, sender, manifest = begun()
+    entries, ref = sender.entries(manifest), sender.ref
+    first = entries[0]
+    half = BufferEntry(first.index, first.offset, 0, (first.num_bytes or 0) // 2)
+    again = BufferEntry(first.index, first.offset, 0, first.num_bytes, True)
+    beyond = BufferEntry(first.index, ref.size - 4, 0, first.num_bytes)
+    store.begin(manifest, "inplace", False)
+    for other in (half, again, beyond):
+        assert not store.moves((other, *entries[1:]), ref, are_right=True)
+    store.abort()
+    store.begin([TensorInfo(each.name, each.shape, "float16") for each in manifest], "inplace", False)
+    assert not store.moves(entries, ref, are_right=True)
+
+
+@pytest.mark.parametrize("what", ["nan", "digest"])
+def test_a_tensor_that_is_not_right_is_refused_by_name(what: str) -> None:
+    store, sender, manifest = begun()
+    index, area, offset = sender.places[4]
+    if what == "digest":
+        digests = store.digest()
+        manifest = [TensorInfo(each.name, each.shape, each.dtype, digests[each.name]) for each in manifest]
+    for is_bad in (False, True):
+        if is_bad:
+            sender.areas[area][offset : offset + 4].view(torch.float32)[:] = torch.nan if what == "nan" else 7.0
+        store.begin(manifest, "inplace", False)
+        moves = store.moves(sender.entries(manifest), sender.ref, are_right=True)
+        assert moves is not None
+        ((_, copy),) = filter(None, moves(sender.buffer()))
+        if not is_bad:
+            assert copy.advance(60.0)
+            store.abort()
+            continue
+        with pytest.raises(WeightUpdateError) as caught:
+            copy.advance(60.0)
+        assert caught.value.field == manifest[index].name
