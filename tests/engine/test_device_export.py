@@ -12,9 +12,9 @@ import torch
 from headrace.engine import device_export as module
 from headrace.engine.device_export import DeviceExport, ExportPlan
 from headrace.engine.held_tensors import HeldTensors
+from headrace.parallel import device_sharing
 from headrace.types.errors import UnavailableError, WeightUpdateError
 from headrace.types.weights import BufferEntry, DeviceArea
-from headrace.weights import device_sharing
 
 SEGMENT = 1 << 12
 

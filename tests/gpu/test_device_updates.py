@@ -133,8 +133,8 @@ def test_requests_run_on_under_shadow_updates(checkpoints: Checkpoints, start: S
 def test_where_the_device_has_no_room_for_buffers_the_host_carries(
     checkpoints: Checkpoints, start: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from headrace.parallel import device_sharing
     from headrace.types.errors import UnavailableError
-    from headrace.weights import device_sharing
 
     def refuse(*_: Any, **__: Any) -> None:
         raise UnavailableError("no room", field="buffer")

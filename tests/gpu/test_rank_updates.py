@@ -16,11 +16,11 @@ import torch
 
 from headrace import Engine, TensorInfo, UnavailableError, WeightUpdateError, serve
 from headrace.engine import update as update_module
+from headrace.parallel import device_sharing
 from headrace.rl import VerlEngine
 from headrace.rl.demo import checkpoint_digests
 from headrace.types.messages import Stage
 from headrace.types.weights import BufferRef, DeviceRef
-from headrace.weights import device_sharing
 from tests.gpu.builders import (
     SETTINGS,
     Checkpoint,
