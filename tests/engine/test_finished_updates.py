@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from headrace import DeadlineError, Engine, HeadraceError, UpdateConflictError, UpdateReport, WeightUpdateError
+from headrace.engine.calls import Calls
 from headrace.engine.joined_update import JoinedUpdate
-from headrace.types.messages import SetVersion
+from headrace.types.messages import Reply, SetVersion
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.test_joined_updates import HEAD, Tensors, buckets, kill_core, send
 
@@ -274,22 +276,28 @@ def test_a_commit_that_was_given_up_too_late_is_one(
     engine: Engine, new: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights are live, whoever heard of it."""
-    runtime, is_live = engine.asynchronous.runtime, threading.Event()
-    refresh = runtime.client._refresh
+    runtime, asking, is_live = engine.asynchronous.runtime, list[Any](), threading.Event()
+    settle: Any = Calls.settle
 
-    async def hang_once() -> None:
+    def settle_and_cancel(calls: Calls, reply: Reply) -> None:
+        """Between the answer and whoever waits for it."""
+        settle(calls, reply)
         if not is_live.is_set() and runtime.client.ledger.landed is not landed:
             is_live.set()
-            await asyncio.sleep(60)
-        await refresh()
+            asking[0].cancel()
+
+    async def finish_in_task() -> UpdateReport | None:
+        asking.append(asyncio.current_task())
+        return await joined_of(engine).finish("7")
 
     begin(engine)
     assert engine.update_weights_from_bucket(new) is None
     landed = runtime.client.ledger.landed
-    monkeypatch.setattr(runtime.client, "_refresh", hang_once)
-    asked = ask_to_finish(engine, "7")
+    monkeypatch.setattr(Calls, "settle", settle_and_cancel)
+    asked = asyncio.run_coroutine_threadsafe(finish_in_task(), runtime.loop)
     assert is_live.wait(60)
-    asked.cancel()
+    with contextlib.suppress(CancelledError):  # who went away may have heard of it all the same
+        asked.result(60)
     report = finish(engine, "7")
     assert report.version == engine.version == "7" and report.num_tensors == len(new)
     wait(engine, runtime.joined.check_label())
