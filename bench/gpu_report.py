@@ -1,13 +1,14 @@
 """All benchmark rows of a CUDA machine in one call: one line per figure beside its target and the best peer's.
 
     python bench/gpu_report.py --rows A06,B06,C06,A8,B8,C8,D,topp,top5,serve,start,idle,invariant,fp8 --out report.json
+    python bench/gpu_report.py --rows A8x2,B8x2,C8x2,A32x2,invariant8x2 --out report.json
 
-Each row is a benchmark in a process of its own with `--timeout` seconds; one that fails prints the end of what it said,
+The rows of the second need two devices; without `--rows` it is all that need one. Each row is a benchmark in a process of its own with `--timeout` seconds; one that fails prints the end of what it said,
 and the others go on. A row that is measured against another one brings that with it. `--out` holds the JSON object of
 every row and is written after each; rows that an earlier call left there are kept, and not run again unless named.
 
 Targets and peers: one H200, bf16, random weights, log-probabilities on (docs/benchmarks.md). Peers are the best of
-vLLM 0.25.0 and SGLang 0.5.16 on the same kind of machine and workload.
+vLLM 0.25.0 and SGLang 0.5.16 on the same kind of machine and workload, for prompts vLLM 0.26.0.
 """
 
 from __future__ import annotations
@@ -71,13 +72,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A benchmark's command line after the interpreter, and its figures. `notes` are printed as they are."""
+    """A benchmark's command line after the interpreter, and its figures. `notes` are printed as they are, and it needs
+    so many devices."""
 
     words: tuple[str, ...]
     figures: tuple[Figure, ...]
     notes: tuple[str, ...] = field(
         default=("max_logprob_difference", "mean_logprob_difference", "gpu_idle_share", "num_compiled_after_ready")
     )
+    num_devices: int = 1
 
     @property
     def bases(self) -> set[str]:
@@ -106,16 +109,29 @@ def _invariant(base: str) -> tuple[Figure, ...]:
     return (Figure("tokens_per_second"), slowdown)
 
 
+def _prompts(row: str, must: float, aim: float, peer: float) -> Row:
+    figure = Figure("prompt_tokens_per_second", must, aim, peer)
+    return Row(("bench/gpu_prompts.py", "--rows", row), (figure,))
+
+
+def _on_two(shape: str, workload: str, *figures: Figure, more: tuple[str, ...] = ()) -> Row:
+    return Row(_offline(shape, workload, "--tp-size", "2", *more), figures, num_devices=2)
+
+
+def _gain(path: str, must: float, aim: float, base: str) -> Figure:
+    return Figure(path, must, aim, relation="ratio", base=base)
+
+
 def _kind(name: str, *more: str) -> tuple[str, ...]:
     return ("-m", "headrace", "bench", name, "--json", *more)
 
 
 ROWS: dict[str, Row] = {
-    "A06": Row(_offline("0.6b", "A"), _rate(26_500, 29_000, 23_500)),
-    "B06": Row(_offline("0.6b", "B"), _rate(32_000, 38_000, 25_900)),
-    "C06": Row(_offline("0.6b", "C"), _latency(0.90, 0.55, 1.63)),
-    "A8": Row(_offline("8b", "A"), _rate(9_800, 10_500, 9_190)),
-    "B8": Row(_offline("8b", "B"), _rate(14_000, 15_500, 12_130)),
+    "A06": Row(_offline("0.6b", "A"), _rate(27_500, 30_000, 23_500)),
+    "B06": Row(_offline("0.6b", "B"), _rate(36_500, 40_000, 25_900)),
+    "C06": Row(_offline("0.6b", "C"), _latency(0.60, 0.45, 1.63)),
+    "A8": Row(_offline("8b", "A"), _rate(10_200, 11_000, 9_190)),
+    "B8": Row(_offline("8b", "B"), _rate(14_800, 16_000, 12_130)),
     "C8": Row(_offline("8b", "C"), _latency(4.4, 4.0, 5.17)),
     "D": Row(
         _kind("online", "--shape", "qwen3-0.6b"),
@@ -152,6 +168,21 @@ ROWS: dict[str, Row] = {
     ),
     "invariant": Row(_offline("0.6b", "A", "--numerics", "invariant"), _invariant("A06")),
     "invariant8": Row(_offline("8b", "A", "--numerics", "invariant"), _invariant("A8")),
+    "prompts16k": _prompts("llama-16k", 34_000, 37_000, 33_403),
+    "prompt60k": Row(
+        ("bench/gpu_prompts.py", "--rows", "llama-60k"),
+        (
+            Figure("first_token_s", 2.9, 2.6, 2.89, is_lower_better=True),
+            Figure("ms_per_token", 6.3, 5.9, 6.70, is_lower_better=True),
+        ),
+    ),
+    "prompts8": _prompts("8b-2k", 41_000, 44_000, 40_115),
+    "prompts06": _prompts("0.6b-2k", 330_000, 400_000, 287_000),
+    "A8x2": _on_two("8b", "A", Figure("tokens_per_second"), _gain("tokens_per_second", 1.6, 1.75, "A8")),
+    "B8x2": _on_two("8b", "B", Figure("tokens_per_second"), _gain("tokens_per_second", 1.6, 1.75, "B8")),
+    "C8x2": _on_two("8b", "C", Figure("milliseconds_per_token", 2.7, 2.4, is_lower_better=True)),
+    "A32x2": _on_two("32b", "A", Figure("tokens_per_second", 5_200, 5_800)),
+    "invariant8x2": _on_two("8b", "A", *_invariant("A8x2"), more=("--numerics", "invariant")),
     "fp8": Row(
         _offline("0.6b", "B", "--kv-dtype", "fp8_e4m3"),
         (Figure("tokens_per_second"), Figure("tokens_per_second", relation="ratio", base="B06")),
@@ -161,7 +192,8 @@ ROWS: dict[str, Row] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"of {','.join(ROWS)}")
+    of_one = [name for name, row in ROWS.items() if row.num_devices == 1]
+    parser.add_argument("--rows", default=",".join(of_one), help=f"of {','.join(ROWS)}")
     parser.add_argument("--out", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a row may take (default: 300)")
     parser.add_argument("--deadline", type=float, help="seconds after which no further row is started")
