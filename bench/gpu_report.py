@@ -3,9 +3,10 @@
     python bench/gpu_report.py --rows A06,B06,C06,A8,B8,C8,D,topp,top5,serve,start,idle,invariant,fp8 --out report.json
     python bench/gpu_report.py --rows A8x2,B8x2,C8x2,A32x2,invariant8x2 --out report.json
 
-The rows of the second need two devices; without `--rows` it is all that need one. Each row is a benchmark in a process of its own with `--timeout` seconds; one that fails prints the end of what it said,
-and the others go on. A row that is measured against another one brings that with it. `--out` holds the JSON object of
-every row and is written after each; rows that an earlier call left there are kept, and not run again unless named.
+The rows of the second need two devices; without `--rows` it is all that need one. Each row is a benchmark in a process
+of its own with `--timeout` seconds; one that fails prints the end of what it said, and the others go on. A row that is
+measured against another one brings that with it. `--out` holds the JSON object of every row and is written after each;
+rows that an earlier call left there are kept, and not run again unless named.
 
 Targets and peers: one H200, bf16, random weights, log-probabilities on (docs/benchmarks.md). Peers are the best of
 vLLM 0.25.0 and SGLang 0.5.16 on the same kind of machine and workload, for prompts vLLM 0.26.0.

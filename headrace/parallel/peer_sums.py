@@ -28,26 +28,26 @@ _ALIGNMENT = 16
 _NO_HANDLE = bytes(64)
 
 
-class Lane(NamedTuple):
-    """Launches of one kind: how many programs each has, and the bytes of a slot; without flags its sums go by words."""
+class Tier(NamedTuple):
+    """Launches of one kind: how many programs each has, and the bytes of an inbox. Without flags sums go by words."""
 
     num_programs: int
-    slot_bytes: int
+    inbox_bytes: int
     has_flags: bool
 
-    def slots_bytes(self, num_ranks: int) -> int:
+    def inboxes_bytes(self, num_ranks: int) -> int:
         """Of one rank."""
-        return 2 * num_ranks * self.slot_bytes
+        return 2 * num_ranks * self.inbox_bytes
 
     def flags_bytes(self, num_ranks: int) -> int:
         """Of one rank."""
         return 4 * num_ranks * self.num_programs if self.has_flags else 0
 
 
-LANES = (
-    Lane(32, 128 << 10, has_flags=False),
-    Lane(256, 1 << 20, has_flags=False),
-    Lane(256, 8 << 20, has_flags=True),
+TIERS = (
+    Tier(32, 128 << 10, has_flags=False),
+    Tier(256, 1 << 20, has_flags=False),
+    Tier(256, 8 << 20, has_flags=True),
 )
 """The last takes what NCCL would take as long for, on two H200 (docs/benchmarks.md)."""
 
@@ -122,11 +122,11 @@ class PeerMemory:
 
 
 def _num_bytes(num_ranks: int) -> int:
-    return sum(lane.slots_bytes(num_ranks) + lane.flags_bytes(num_ranks) for lane in LANES)
+    return sum(tier.inboxes_bytes(num_ranks) + tier.flags_bytes(num_ranks) for tier in TIERS)
 
 
 def _empty(num_ranks: int, device: torch.device) -> SharedDeviceMemory:
-    """Slots and flags of no launch."""
+    """Inboxes and flags of no launch."""
     size = _num_bytes(num_ranks)
     memory = SharedDeviceMemory(size, device, shares_process=False)
     memory.view(0, size).zero_()
@@ -140,19 +140,19 @@ def _gathered(values: bytes, device: torch.device, gather: Gather) -> list[bytes
 
 
 def _memories(addresses: Sequence[int], device: torch.device, stop: Tensor) -> list[RankMemory]:
-    """What each lane has of the ranks' memories, which begin at these addresses."""
+    """What each tier has of the ranks' memories, which begin at these addresses."""
     from headrace.kernels.triton.rank_sums import RankMemory
 
     num_ranks, found, start = len(addresses), list[RankMemory](), 0
-    for lane in LANES:
-        slots = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
-        start += lane.slots_bytes(num_ranks)
+    for tier in TIERS:
+        inboxes = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
+        start += tier.inboxes_bytes(num_ranks)
         flags = None
-        if lane.has_flags:
+        if tier.has_flags:
             flags = torch.tensor([address + start for address in addresses], dtype=torch.int64, device=device)
-            start += lane.flags_bytes(num_ranks)
-        num_launches = torch.zeros(lane.num_programs, dtype=torch.int32, device=device)
-        found.append(RankMemory(slots, flags, num_launches, stop, lane.slot_bytes))
+            start += tier.flags_bytes(num_ranks)
+        num_launches = torch.zeros(tier.num_programs, dtype=torch.int32, device=device)
+        found.append(RankMemory(inboxes, flags, num_launches, stop, tier.inbox_bytes))
     return found
 
 

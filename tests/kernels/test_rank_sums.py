@@ -14,15 +14,15 @@ from headrace.kernels.triton.rank_sums import BLOCK, RankMemory, sum_over_ranks
 class Ranks:
     """The memory of several, all in this process; sums go by words or with flags."""
 
-    def __init__(self, num_ranks: int, num_programs: int, slot_bytes: int, num_launches: int, way: str) -> None:
+    def __init__(self, num_ranks: int, num_programs: int, inbox_bytes: int, num_launches: int, way: str) -> None:
         numbers = range(num_ranks)
-        self.slots = [torch.full((2 * num_ranks * slot_bytes,), 0x7F, dtype=torch.uint8) for _ in numbers]
+        self.inboxes = [torch.full((2 * num_ranks * inbox_bytes,), 0x7F, dtype=torch.uint8) for _ in numbers]
         self.flags = [torch.full((num_ranks, num_programs), num_launches, dtype=torch.int32) for _ in numbers]
-        slots, flags = (torch.tensor([each.data_ptr() for each in of_all]) for of_all in (self.slots, self.flags))
+        inboxes, flags = (torch.tensor([each.data_ptr() for each in of_all]) for of_all in (self.inboxes, self.flags))
         launches = torch.full((num_programs,), num_launches, dtype=torch.int32)
         self.stop = torch.zeros(1, dtype=torch.int32)
         raised = flags if way == "flags" else None
-        self.memories = [RankMemory(slots, raised, launches.clone(), self.stop, slot_bytes) for _ in numbers]
+        self.memories = [RankMemory(inboxes, raised, launches.clone(), self.stop, inbox_bytes) for _ in numbers]
 
     def sum(self, values: list[Tensor], outs: list[Tensor], bias: Tensor | None, *, adds: bool) -> None:
         for pushes in (True, False):

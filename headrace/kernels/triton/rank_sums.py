@@ -1,12 +1,12 @@
 """Sums over ranks whose devices write to each other's memory: one launch on each, and no other hop (one-shot, pushed).
 
-Every rank writes what it has into a slot of each other's memory, and reads its own slots once the others' values are
-there. Small sums are written in words of 8 bytes, of which half says of which launch it is: whoever reads it sees by
+Every rank writes what it has into an inbox in each other's memory, and reads its own inboxes once the others' values
+are there. Small sums are written in words of 8 bytes, of which half says of which launch it is: whoever reads it sees by
 itself whether it has come. Of large ones a flag follows, once all is written.
 
 A launch has always as many programs, each with a number of its own of the launches it was in: that is what words and
-flags say, and its parity which of two slots is used. A slot is free again: a rank that is in launch e has waited for
-something that each other wrote in e - 1, and so after the end of e - 2, the last one to use the slot.
+flags say, and its parity which of two inboxes is used. An inbox is free again: a rank that is in launch e has waited for
+something that each other wrote in e - 1, and so after the end of e - 2, the last one to use the inbox.
 
 Legend: N ranks, B programs, X width.
 """
@@ -39,22 +39,22 @@ _LOOKS = tl.constexpr(1024)
 class RankMemory:
     """The memory that launches of one kind use, on one rank.
 
-    slots       int64 [N], where each rank's memory begins here: [2, N] slots of `slot_bytes`, by the rank that writes
-    flags       int64 [N], where each rank's flags begin here: int32 [N, B], by the rank that writes; None: by words
+    inboxes     int64 [N], where each rank's memory begins here: [2, N] inboxes of `inbox_bytes`, by who writes
+    flags       int64 [N], where each rank's flags begin here: int32 [N, B], by who writes; None: sums go by words
     num_launches  int32 [B], of this rank's programs
     stop        int32 [1] that the host can write to: once it is not 0 nothing is waited for
     """
 
-    slots: Tensor
+    inboxes: Tensor
     flags: Tensor | None
     num_launches: Tensor
     stop: Tensor
-    slot_bytes: int
+    inbox_bytes: int
 
     @property
     def max_bytes(self) -> int:
         """Of the values of one sum."""
-        return self.slot_bytes if self.flags is not None else self.num_launches.numel() * WORDS * 4
+        return self.inbox_bytes if self.flags is not None else self.num_launches.numel() * WORDS * 4
 
 
 def sum_over_ranks(
@@ -72,23 +72,23 @@ def sum_over_ranks(
     """out = the sum of all ranks' values, or out += that sum, and then += bias; of the same bits on all ranks.
 
     Summed in float32 from rank 0 on, and rounded to their dtype after the sum and after each addition. All are
-    contiguous, of one shape [*, X] and dtype, have an even number of elements and fit into a slot. `pushes` and
+    contiguous, of one shape [*, X] and dtype, have an even number of elements and fit into an inbox. `pushes` and
     `takes`: only that half, in tests.
     """
     num_blocks, size, width = memory.num_launches.numel(), values.element_size(), values.shape[-1]
     common = {
-        "RANK": rank, "RANKS": memory.slots.numel(), "ADDS": adds, "HAS_BIAS": bias_X is not None, "PUSHES": pushes,
+        "RANK": rank, "RANKS": memory.inboxes.numel(), "ADDS": adds, "HAS_BIAS": bias_X is not None, "PUSHES": pushes,
         "TAKES": takes, "PDL": pdl, **launch_options(pdl),
     }  # fmt: skip
     if memory.flags is None:
         _word_kernel[(num_blocks,)](
-            values, out, bias_X, memory.slots, memory.num_launches, memory.stop, values.nbytes // 4,
-            width * size // 4, memory.slot_bytes // WORD_BYTES, BLOCK=WORDS, num_warps=_WORD_WARPS, **common,
+            values, out, bias_X, memory.inboxes, memory.num_launches, memory.stop, values.nbytes // 4,
+            width * size // 4, memory.inbox_bytes // WORD_BYTES, BLOCK=WORDS, num_warps=_WORD_WARPS, **common,
         )  # fmt: skip
         return
     _flag_kernel[(num_blocks,)](
-        values, out, bias_X, memory.slots, memory.flags, memory.num_launches, memory.stop, values.numel(), width,
-        memory.slot_bytes // size, PROGRAMS=num_blocks, ON_DEVICE=values.is_cuda, BLOCK=BLOCK, num_warps=_WARPS,
+        values, out, bias_X, memory.inboxes, memory.flags, memory.num_launches, memory.stop, values.numel(), width,
+        memory.inbox_bytes // size, PROGRAMS=num_blocks, ON_DEVICE=values.is_cuda, BLOCK=BLOCK, num_warps=_WARPS,
         **common,
     )  # fmt: skip
 
@@ -102,10 +102,10 @@ def _take_turn(PDL: tl.constexpr):
 
 
 @triton.jit
-def _slot(slots, rank, launch, source, slot_size, RANKS: tl.constexpr, dtype: tl.constexpr):
+def _inbox(inboxes, rank, launch, source, inbox_size, RANKS: tl.constexpr, dtype: tl.constexpr):
     """Where a rank finds what another one writes in this launch."""
-    start = tl.multiple_of(tl.load(slots + rank).to(tl.pointer_type(dtype)), 16)
-    return start + ((launch & 1) * RANKS + source).to(tl.int64) * slot_size
+    start = tl.multiple_of(tl.load(inboxes + rank).to(tl.pointer_type(dtype)), 16)
+    return start + ((launch & 1) * RANKS + source).to(tl.int64) * inbox_size
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def _added(word, other, dtype: tl.constexpr):
 
 @triton.jit
 def _word_kernel(
-    values_ptr, out_ptr, bias_ptr, slots, num_launches, stop, num_words, width, slot_words,
+    values_ptr, out_ptr, bias_ptr, inboxes, num_launches, stop, num_words, width, inbox_words,
     RANK: tl.constexpr, RANKS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, PUSHES: tl.constexpr,
     TAKES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def _word_kernel(
             tagged = (launch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
             for rank in tl.static_range(RANKS):
                 if rank != RANK:
-                    tl.store(_slot(slots, rank, launch, RANK, slot_words, RANKS, tl.int64) + at, tagged, mask=mask)
+                    tl.store(_inbox(inboxes, rank, launch, RANK, inbox_words, RANKS, tl.int64) + at, tagged, mask=mask)
             tl.debug_barrier()  # it is on its way before anything is waited for
         if TAKES:
             before = own
@@ -166,13 +166,13 @@ def _word_kernel(
             for rank in tl.static_range(RANKS):
                 word = own
                 if rank != RANK:
-                    slot = _slot(slots, RANK, launch, rank, slot_words, RANKS, tl.int64)
-                    found = tl.load(slot + at, mask=mask, other=0, volatile=True)
+                    inbox = _inbox(inboxes, RANK, launch, rank, inbox_words, RANKS, tl.int64)
+                    found = tl.load(inbox + at, mask=mask, other=0, volatile=True)
                     num_looks = 0
                     is_over = 0
                     num_missing = tl.sum(((found >> 32).to(tl.int32) != launch).to(tl.int32) * mask.to(tl.int32), 0)
                     while (num_missing > 0) & (is_over == 0):
-                        found = tl.load(slot + at, mask=mask, other=0, volatile=True)
+                        found = tl.load(inbox + at, mask=mask, other=0, volatile=True)
                         num_missing = tl.sum(((found >> 32).to(tl.int32) != launch).to(tl.int32) * mask.to(tl.int32), 0)
                         num_looks += 1
                         is_over = tl.load(stop, mask=num_looks % _LOOKS == 0, other=0, volatile=True)
@@ -228,7 +228,7 @@ def _await_flag(flag, launch, stop, LOOKS: tl.constexpr, ON_DEVICE: tl.constexpr
 
 @triton.jit
 def _flag_kernel(
-    values_ptr, out_ptr, bias_ptr, slots, flags, num_launches, stop, num_elements, width, slot_elements,
+    values_ptr, out_ptr, bias_ptr, inboxes, flags, num_launches, stop, num_elements, width, inbox_elements,
     RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PUSHES: tl.constexpr, TAKES: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -246,8 +246,8 @@ def _flag_kernel(
                 value = tl.load(values_ptr + at, mask=at < end)
                 for rank in tl.static_range(RANKS):
                     if rank != RANK:
-                        slot = _slot(slots, rank, launch, RANK, slot_elements, RANKS, dtype)
-                        tl.store(slot + at, value, mask=at < end)
+                        inbox = _inbox(inboxes, rank, launch, RANK, inbox_elements, RANKS, dtype)
+                        tl.store(inbox + at, value, mask=at < end)
             tl.debug_barrier()  # one thread raises the flag, of what all have written
             for rank in tl.static_range(RANKS):
                 if rank != RANK:
@@ -264,8 +264,8 @@ def _flag_kernel(
                     if rank == RANK:
                         value = tl.load(values_ptr + at, mask=at < end, other=0.0)
                     else:
-                        slot = _slot(slots, RANK, launch, rank, slot_elements, RANKS, dtype)
-                        value = tl.load(slot + at, mask=at < end, other=0.0, cache_modifier=".cg")
+                        inbox = _inbox(inboxes, RANK, launch, rank, inbox_elements, RANKS, dtype)
+                        value = tl.load(inbox + at, mask=at < end, other=0.0, cache_modifier=".cg")
                     total += value.to(tl.float32)
                 total = total.to(dtype)
                 if ADDS:
