@@ -49,7 +49,7 @@ TIERS = (
     Tier(256, 1 << 20, has_flags=False),
     Tier(256, 8 << 20, has_flags=True),
 )
-"""The last takes what NCCL would take as long for, on two H200 (docs/benchmarks.md)."""
+"""Of larger sums NCCL's take little longer, on two H200 (docs/benchmarks.md)."""
 
 
 class PeerSums:
@@ -57,16 +57,10 @@ class PeerSums:
 
     def __init__(self, rank: int, memories: Sequence[RankMemory], stop: Tensor) -> None:
         self._rank, self._memories, self._stop = rank, memories, stop
-        self.max_bytes = self.capacity
-
-    @property
-    def capacity(self) -> int:
-        """Bytes of the largest sum that there is room for."""
-        return self._memories[-1].max_bytes
 
     def takes(self, values: Tensor, out: Tensor) -> bool:
         """Whether such a sum is to be had: of one shape, contiguous, and not too large."""
-        fits = 0 < values.nbytes <= self.max_bytes and values.shape[-1] % 2 == 0
+        fits = 0 < values.nbytes <= self._memories[-1].max_bytes and values.shape[-1] % 2 == 0
         fits = fits and values.dtype == out.dtype in _DTYPES
         lies_well = all(each.is_contiguous() and each.data_ptr() % _ALIGNMENT == 0 for each in (values, out))
         return fits and lies_well and values.shape == out.shape

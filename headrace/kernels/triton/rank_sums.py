@@ -1,11 +1,11 @@
 """Sums over ranks whose devices write to each other's memory: one launch on each, and no other hop (one-shot, pushed).
 
 Every rank writes what it has into an inbox in each other's memory, and reads its own inboxes once the others' values
-are there. Small sums are written in words of 8 bytes, of which half says of which launch it is: whoever reads it sees by
-itself whether it has come. Of large ones a flag follows, once all is written.
+are there. Small sums are written in words of 8 bytes, of which half says of which launch it is: whoever reads a word
+sees whether it has come. Of large ones a flag follows, once all is written.
 
 A launch has always as many programs, each with a number of its own of the launches it was in: that is what words and
-flags say, and its parity which of two inboxes is used. An inbox is free again: a rank that is in launch e has waited for
+flags say, and its parity which of two inboxes is used. That is free again: a rank that is in launch e has waited for
 something that each other wrote in e - 1, and so after the end of e - 2, the last one to use the inbox.
 
 Legend: N ranks, B programs, X width.
@@ -32,7 +32,7 @@ WORD_BYTES = 8
 _WARPS = 8
 _WORD_WARPS = 4
 _LOOKS = tl.constexpr(1024)
-"""For what another writes before each at the host, which is far away."""
+"""At what another rank writes, between two at what the host does, which is far away."""
 
 
 @dataclass(frozen=True, eq=False)
