@@ -59,11 +59,11 @@ class PeerSums:
         self._rank, self._memories, self._stop = rank, memories, stop
 
     def takes(self, values: Tensor, out: Tensor) -> bool:
-        """Whether such a sum is to be had: of one shape, contiguous, and not too large."""
+        """Whether such a sum is to be had: of one shape, contiguous, and not too large. By what is the same on all
+        ranks, or one would wait for others that sum otherwise."""
         fits = 0 < values.nbytes <= self._memories[-1].max_bytes and values.shape[-1] % 2 == 0
-        fits = fits and values.dtype == out.dtype in _DTYPES
-        lies_well = all(each.is_contiguous() and each.data_ptr() % _ALIGNMENT == 0 for each in (values, out))
-        return fits and lies_well and values.shape == out.shape
+        is_alike = values.shape == out.shape and values.dtype == out.dtype in _DTYPES
+        return fits and is_alike and _lies_well(values) and _lies_well(out)
 
     def sum(self, values: Tensor, out: Tensor, bias_X: Tensor | None = None, *, adds: bool) -> None:
         """As `rank_sums.sum_over_ranks`, enqueued."""
@@ -113,6 +113,11 @@ class PeerMemory:
     def close(self) -> None:
         """Give it back: no rank sums any more. Idempotent."""
         _close(self._own, self._mapped)
+
+
+def _lies_well(values: Tensor) -> bool:
+    """Memory itself is aligned."""
+    return values.is_contiguous() and values.storage_offset() * values.element_size() % _ALIGNMENT == 0
 
 
 def _num_bytes(num_ranks: int) -> int:
