@@ -65,8 +65,8 @@ class Calls:
         """Send the command made from a call id and return the payload of its reply, or raise its error.
 
         One that changes the core's state says how to `refresh` its status, which comes with the answer; where it does
-        not, that is awaited as part of the call. One that `is_final`, which `GiveUp` does
-        not undo, is not cancelled any more once the core has done it: it returns.
+        not, that is awaited as part of the call. One that `is_final`, which `GiveUp` does not undo, is not cancelled
+        any more once the core has done it: it returns.
         """
         call = self._open(command, timeout, wants_status=refresh is not None)
         try:
@@ -100,6 +100,11 @@ class Calls:
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         answer.set_result(b"")
         await outlast(self._give_up(Call(call_id, "", -math.inf, answer), None))
+
+    def status_in(self, reply: Reply) -> bytes:
+        """The core's status, where a reply brings it: beside the answer to a change, or as that to the question."""
+        call = self._waiting.get(reply.call_id)
+        return reply.payload if call is not None and call.name == GetStatus.__name__ else reply.status
 
     def settle(self, reply: Reply) -> None:
         """The core has answered. Nothing happens if nobody waits for it any more."""

@@ -275,8 +275,7 @@ class CoreClient:
         tags = tuple(self.ledger.released)
         if tags:
             await self._calls.call(lambda call_id: ReleaseMemory(call_id, tags), self.control_timeout)
-        status = await self._calls.ask(GetStatus, self.control_timeout)
-        self._note(msgspec.msgpack.decode(status, type=CoreStatus))
+        await self._calls.ask(GetStatus, self.control_timeout)
         self._barred = None
         self.check_alive()
 
@@ -285,7 +284,7 @@ class CoreClient:
 
     async def _refresh(self) -> None:
         with contextlib.suppress(HeadraceError):  # the caller has its own answer; the watch will see what is wrong
-            self._note(await self.ask(GetStatus, CoreStatus, STATUS_SECONDS))
+            await self.ask(GetStatus, CoreStatus, STATUS_SECONDS)  # noted as it comes
 
     def _note(self, status: CoreStatus) -> None:
         self.status = status
@@ -366,8 +365,8 @@ class CoreClient:
                     sink.on_delta(delta)
         elif isinstance(output, Reply):
             self.ledger.answered(output)
-            if output.status:
-                self._note(msgspec.msgpack.decode(output.status, type=CoreStatus))
+            if status := self._calls.status_in(output):  # here, in their order: who waits for one may wake much later
+                self._note(msgspec.msgpack.decode(status, type=CoreStatus))
             self._calls.settle(output)
         elif isinstance(output, CoreFailed):
             self._die(output.error.to_exception())

@@ -231,6 +231,26 @@ def test_after_a_change_the_status_is_fresh(is_refused: bool, comes_with_it: boo
     play(scenario)
 
 
+def test_a_status_that_was_asked_for_before_a_change_is_not_noted_behind_it() -> None:
+    """Both answers may be read at once: then who has asked wakes after the change's has been heard of."""
+
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        asking = asyncio.create_task(client._refresh())  # as the watch does
+        changing = asyncio.create_task(client.change(Resume, NoneType))
+        await asyncio.sleep(0.01)
+        *asked, change = core.link.poll(0)
+        assert asked and isinstance(change, Resume)
+        changed = msgspec.msgpack.encode(msgspec.structs.replace(STATUS, version="new"))
+        for question in asked:
+            assert isinstance(question, GetStatus)
+            core.link.send(Reply(question.call_id, msgspec.msgpack.encode(STATUS)))
+        core.link.send(Reply(change.call_id, status=changed))
+        await asyncio.gather(asking, changing)
+        assert client.status is not None and client.status.version == "new"
+
+    play(scenario)
+
+
 def test_a_call_has_a_deadline_and_a_late_reply_harms_nobody() -> None:
     async def scenario(client: CoreClient, core: ScriptedCore) -> None:
         with pytest.raises(DeadlineError, match="FlushCache"):
