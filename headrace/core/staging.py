@@ -96,8 +96,15 @@ def job_from_buffer(machine: WeightMachine, command: Stage, now: float) -> Stage
         for index, offset, size, start, is_last, replaces in places:
             yield StagePiece(index, part(offset, size), start, is_last, replaces)
 
-    copies = moves(buffer) if moves else machine.stage_pieces(command.session_id, pieces())
+    copies = _moved(session, command, moves(buffer)) if moves else machine.stage_pieces(command.session_id, pieces())
     return StageJob(machine, command.session_id, copies, command.call_id, command.deadline, buffer.close)
+
+
+def _moved(session: OpenUpdate, command: Stage, copies: Copies) -> Copies:
+    """Before the first byte moves: what commands ahead of this one have staged since it came is refused."""
+    for entry in command.entries if session.staged.num_staged else ():
+        session.staged.check(entry.index)
+    yield from copies
 
 
 def _checked_places(session: OpenUpdate, command: Stage) -> list[tuple[int, int, int, int | None, bool, bool]]:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from headrace.core.staging import StageJob, job_from_buffer
 from headrace.kernels.triton import weight_pieces
 from headrace.types.errors import WeightUpdateError
+from headrace.types.messages import Stage
 from headrace.types.weights import BufferEntry, DeviceArea, DeviceRef, TensorInfo
 from headrace.weights import move_plan
 from headrace.weights.memory import Copies, StageBuffer
-from headrace.weights.stage_buffers import AreaBytes, Opened
+from headrace.weights.session import WeightMachine
+from headrace.weights.stage_buffers import AreaBytes, DeviceBuffers, Opened
 from headrace.weights.store import WeightStore
 from tests.weights.test_device_staging import moved_one_by_one
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
@@ -104,10 +107,15 @@ def test_it_is_worked_out_once_and_moves_what_is_there_now(seed: int) -> None:
         sender.fill(tensors)
 
 
+def command() -> tuple[Sender, list[TensorInfo]]:
+    """All tensors, and who sends them."""
+    tensors = make_tensors(make_map(), 1)
+    return Sender(tensors, random.Random(1)), manifest_of(tensors)
+
+
 def begun() -> tuple[WeightStore, Sender, list[TensorInfo]]:
-    """Where the plan of a command is known, and an update is open again."""
-    store, tensors = made(), make_tensors(make_map(), 1)
-    manifest, sender = manifest_of(tensors), Sender(tensors, random.Random(1))
+    """Where the plan of a command is known."""
+    store, (sender, manifest) = made(), command()
     store.begin(manifest, "inplace", False)
     assert sent(store, sender, manifest, are_right=True)
     assert store.commit().is_done()
@@ -167,3 +175,26 @@ def test_a_tensor_that_is_not_right_is_refused_by_name(what: str) -> None:
         with pytest.raises(WeightUpdateError) as caught:
             copy.advance(60.0)
         assert caught.value.field == manifest[index].name
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_what_was_staged_meanwhile_is_refused_before_a_byte_moves(is_known: bool) -> None:
+    """A command is taken while others before it wait: of what they stage nothing is overwritten by it."""
+    store, sender, manifest = begun() if is_known else (made(), *command())
+    store._buffers = DeviceBuffers(CPU, lambda: None)
+    machine = WeightMachine(store)
+    session_id = machine.begin("v", manifest, "inplace", now=0.0, timeout_s=60.0).session_id
+
+    def job(sender: Sender, count: int) -> StageJob:
+        return job_from_buffer(machine, Stage(1, session_id, sender.ref, sender.entries(manifest)[-count:]), 0.0)
+
+    other = Sender(make_tensors(make_map(), 7), random.Random(1))
+    for count, also in ((len(manifest), 2), (2, len(manifest))):
+        first, second = job(sender, count), job(other, also)
+        assert first.advance(60.0, 0.0)
+        right = live_bits(store)
+        with pytest.raises(WeightUpdateError, match="was staged twice"):
+            second.advance(60.0, 0.0)
+        assert live_bits(store) == right
+        machine.abort(session_id)
+        session_id = machine.begin("v", manifest, "inplace", now=0.0, timeout_s=60.0).session_id
