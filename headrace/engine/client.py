@@ -213,6 +213,11 @@ class CoreClient:
         payload = await self._calls.call(command, self._limit(timeout), self._refresh, is_final=True)
         return msgspec.msgpack.decode(payload or _NULL, type=reply)
 
+    async def bring(self, command: Callable[[int], Command], mode: str, timeout: float | None = None) -> None:
+        """As `call`, for what stages tensors of an update; as `change` where its `mode` is "inplace": live weights are
+        not whole any more then."""
+        await (self.change if mode == "inplace" else self.call)(command, NoneType, timeout)
+
     async def ask(
         self, question: Callable[[int], GetStatus | Shutdown], reply: type[Payload], timeout: float | None = None
     ) -> Payload:

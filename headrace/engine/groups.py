@@ -184,9 +184,9 @@ class _Announced:
         is_settled = False
         self._is_asked = True
         try:
-            await self._client.call(
+            await self._client.bring(
                 lambda call_id: Receive(call_id, session.session_id, self.group, tensors, self._packing),
-                NoneType,
+                session.mode,
                 self.seconds,
             )
             is_settled = True

@@ -256,7 +256,7 @@ class Updater:
     async def stage_buffer(self, session: UpdateSession, ref: BufferRef, entries: tuple[BufferEntry, ...]) -> None:
         """Stage what lies in a buffer of somebody else's. It is read no more when this ends."""
         session.roads.add(_HOST_ROAD)
-        await self._client.call(lambda call_id: Stage(call_id, session.session_id, ref, entries), NoneType)
+        await self._client.bring(lambda call_id: Stage(call_id, session.session_id, ref, entries), session.mode)
 
     async def stage_payload(self, session: UpdateSession, payload: Payload, indices: Sequence[int]) -> None:
         """Have what another engine's client shares copied, to these places of the manifest."""
@@ -266,7 +266,7 @@ class Updater:
         def command(call_id: int) -> StagePayload:
             return StagePayload(call_id, session.session_id, payload, tuple(indices), replaced)
 
-        await self._client.call(command, NoneType, session.timeout_s)
+        await self._client.bring(command, session.mode, session.timeout_s)
 
     async def update_from_tensors(
         self, run: Run, named_tensors: NamedTensors, terms: UpdateTerms, begin_with: Begin
@@ -408,7 +408,7 @@ class Updater:
     async def _upload(self, session: UpdateSession, buffer: UploadBuffer | DeviceExport) -> None:
         session_id, ref, entries = session.session_id, buffer.ref, tuple(buffer.entries)
         try:
-            await self._client.call(lambda call_id: Stage(call_id, session_id, ref, entries), NoneType)
+            await self._client.bring(lambda call_id: Stage(call_id, session_id, ref, entries), session.mode)
         except UnavailableError as error:
             if isinstance(ref, DeviceRef) and error.field == "buffer":
                 self._road.refuse(error)

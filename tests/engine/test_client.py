@@ -13,7 +13,12 @@ import msgspec
 import pytest
 
 from headrace.engine.client import CoreClient
+from headrace.engine.device_export import DeviceExport
+from headrace.engine.groups import _Announced
 from headrace.engine.health import HealthLimits
+from headrace.engine.lookback import Lookback
+from headrace.engine.update import Updater
+from headrace.engine.update_session import UpdateSession
 from headrace.ipc import CoreLink, Pulse, PulsePage, make_pair
 from headrace.ipc.socket_link import SocketCoreLink, SocketFrontLink
 from headrace.types.errors import (
@@ -24,6 +29,7 @@ from headrace.types.errors import (
     NotFoundError,
     ShutdownError,
 )
+from headrace.types.foreign import Payload
 from headrace.types.handles import handle_of
 from headrace.types.messages import (
     Abort,
@@ -37,8 +43,11 @@ from headrace.types.messages import (
     GetWeight,
     GiveUp,
     Pause,
+    Receive,
     Reply,
     Resume,
+    Stage,
+    StagePayload,
     Submit,
     WeightPart,
 )
@@ -247,6 +256,35 @@ def test_a_status_that_was_asked_for_before_a_change_is_not_noted_behind_it() ->
         core.link.send(Reply(change.call_id, status=changed))
         await asyncio.gather(asking, changing)
         assert client.status is not None and client.status.version == "new"
+
+    play(scenario)
+
+
+ROADS: dict[str, Callable[[CoreClient, UpdateSession], Coroutine[Any, Any, None]]] = {
+    "upload": lambda client, session: updater_of(client)._upload(session, DeviceExport((), shares_process=True)),
+    "buffer": lambda client, session: updater_of(client).stage_buffer(session, BufferRef("", 1), ()),
+    "payload": lambda client, session: updater_of(client).stage_payload(session, Payload(), ()),
+    "group": lambda client, session: _Announced(client).receive(session, ()),
+}
+
+
+def updater_of(client: CoreClient) -> Updater:
+    return Updater(client, asyncio.get_running_loop(), Lookback(), shares_process=True)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "shadow"])
+@pytest.mark.parametrize("road", ROADS)
+def test_what_writes_over_live_weights_brings_the_status(road: str, mode: str) -> None:
+    """They have no version from then on, and nobody is to be told the old one."""
+
+    async def scenario(client: CoreClient, core: ScriptedCore) -> None:
+        session = UpdateSession(1, "new", mode, (), 60.0)
+        staging = asyncio.create_task(ROADS[road](client, session))
+        [command] = await core.commands()
+        assert isinstance(command, Stage | StagePayload | Receive) and command.wants_status == (mode == "inplace")
+        status = msgspec.msgpack.encode(msgspec.structs.replace(STATUS, state="updating", version=""))
+        core.link.send(Reply(command.call_id, status=status))
+        await staging
 
     play(scenario)
 
