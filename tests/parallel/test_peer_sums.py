@@ -143,11 +143,15 @@ def test_what_cannot_be_given_back_keeps_nothing_else(monkeypatch: pytest.Monkey
     assert len(driver.open) == NUM_RANKS * NUM_RANKS
     for rank, memory in enumerate(memories):
         driver.take(rank)
-        communicator = GroupCommunicator(Group(), 1.0)
+        communicator, everyone = GroupCommunicator(Group(), 1.0), GroupCommunicator(Group(), 1.0)
         communicator._peers = memory
+        mesh = Mesh(rank, NUM_RANKS, communicator, everyone=everyone)
         if rank == 1:
             with pytest.raises(UnavailableError):
-                communicator.close()
-        communicator.close()
-        assert communicator._group is None and len(driver.open) == NUM_RANKS * (NUM_RANKS - 1 - rank)
+                mesh.close()
+        else:
+            mesh.close()
+        assert communicator._group is everyone._group is None
+        assert len(driver.open) == NUM_RANKS * (NUM_RANKS - 1 - rank)
+        mesh.close()
         assert memory.sums._stop.item() == 1
