@@ -1,9 +1,10 @@
 """The executor of several ranks: what this process launches, reads or frees, the others do too, in the same order.
 
 Rank 0 decides what is launched, and the others launch it: a plan is sent as one flat array before it is launched here,
-and nothing is agreed on. Every rank samples, from the same logits with the same noise, so that its last tokens are
-there without another message; what came of it is compared a step late, as 32 bits that each rank shows in its page. A
-step that failed here has to have failed everywhere, or the ranks are out of step: then they are lost, as one device.
+and nothing is agreed on. Ranks sample from the same logits with the same noise, all of the rows or a share of them that
+they tell each other, so that each has the last tokens without another message; what came of it is compared a step late,
+as 32 bits that each rank shows in its page. A step that failed here has to have failed everywhere, or the ranks are out
+of step: then they are lost, as one device.
 
 Owns that order. Must not know processes (`headrace.core.rank_group`) nor how weights are put together
 (`headrace.core.rank_weights`).
@@ -11,6 +12,7 @@ Owns that order. Must not know processes (`headrace.core.rank_group`) nor how we
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
@@ -227,13 +229,12 @@ class RankExecutor(LocalExecutor):
         return joined
 
     def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            self._mesh.close()
-            self._rendezvous.close()
+        with contextlib.ExitStack() as ends:
             if self._meeting is not None:
-                self._meeting.close()
+                ends.callback(self._meeting.close)
+            ends.callback(self._rendezvous.close)
+            ends.callback(self._mesh.close)
+            ends.callback(super().close)  # first
 
     # Inside.
 

@@ -37,11 +37,11 @@ class Linear:
         x_TI, (norm_I, eps) = x
         return self.kernels.normed_gate(x_TI, norm_I, eps, self.weight, self.bias)
 
-    def logits(self, x: Normed) -> Tensor:
-        """In float32; without bias."""
+    def logits(self, x: Normed, kernels: LayerKernels | None = None) -> Tensor:
+        """In float32; without bias. `kernels`: by these, and not the layer's."""
         self.counter.num_calls += 1
         x_TI, (norm_I, eps) = x
-        return self.kernels.normed_logits(x_TI, norm_I, eps, self.weight)
+        return (kernels or self.kernels).normed_logits(x_TI, norm_I, eps, self.weight)
 
 
 class Embedding:

@@ -73,5 +73,5 @@ class Decoder:
     def share_of_logits(self, hidden_SX: Tensor) -> Tensor:
         """As `logits`, of the rows of the vocabulary that this rank has, padding among them."""
         assert self._head is not None, "only the last stage has logits"
-        (weight_X, eps), head = self._head
-        return self._own_kernels.normed_logits(hidden_SX, weight_X, eps, head.weight)
+        norm, head = self._head
+        return head.logits(Residual(hidden_SX).normed(norm), self._own_kernels)

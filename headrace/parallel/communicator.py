@@ -172,10 +172,10 @@ class GroupCommunicator:
             self.abort()
         if self._aborting is not None:
             self._aborting.join(_CLOSE_SECONDS)
-        if self._peers is not None:
-            self._peers.close()
-            self._peers = None
+        peers, self._peers = self._peers, None
         self._group = None  # with the last reference to it go its threads and descriptors
+        if peers is not None:
+            peers.close()
 
 
 def _abort(group: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from headrace.parallel.communicator import Communicator, OnlyRank
@@ -53,8 +54,9 @@ class Mesh:
 
     def close(self) -> None:
         """Let go of all other ranks, when nothing is computed any more. Idempotent."""
-        for each in self._ends():
-            each.close()
+        with contextlib.ExitStack() as closing:
+            for each in reversed(self._ends()):
+                closing.callback(each.close)
 
     def _ends(self) -> list[Communicator | StageLink]:
         ends = (self.communicator, self.before, self.after, self.everyone)

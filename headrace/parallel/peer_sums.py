@@ -4,14 +4,16 @@ used; the kernel is `headrace.kernels.triton.rank_sums`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from headrace.parallel.device_sharing import MappedMemory, SharedDeviceMemory
+from headrace.parallel.device_sharing import MappedMemory, SharedDeviceMemory, bytes_at
 from headrace.types.errors import UnavailableError
 from headrace.types.weights import DeviceArea
 
@@ -26,6 +28,7 @@ MAX_RANKS = 8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16
 _NO_HANDLE = bytes(64)
+_MARK_BYTES = 16
 
 
 class Tier(NamedTuple):
@@ -80,39 +83,41 @@ class PeerSums:
 class PeerMemory:
     """What the sums of one rank need of the memory of all, until it is closed."""
 
-    def __init__(self, sums: PeerSums, own: SharedDeviceMemory, mapped: Sequence[MappedMemory]) -> None:
+    def __init__(self, sums: PeerSums, held: contextlib.ExitStack) -> None:
         self.sums = sums
-        self._own, self._mapped = own, mapped
+        self._held = held
 
     @classmethod
     def connect(cls, rank: int, num_ranks: int, device: torch.device, gather: Gather) -> PeerMemory | None:
-        """With ranks that all call this; `gather` is of a tensor of each. None, for all of them, where one device
-        cannot reach another."""
-        own, mapped, problem = None, list[MappedMemory](), ""
-        try:
-            own = _empty(num_ranks, device)
-        except UnavailableError as error:
-            problem = error.message
-        handles = _gathered(own.ref.areas[0].handle if own else _NO_HANDLE, device, gather)
-        try:
-            for other, handle in enumerate(handles):
-                if other != rank and _NO_HANDLE not in handles:
-                    mapped.append(MappedMemory(DeviceArea(handle, 0, _num_bytes(num_ranks))))
-        except UnavailableError as error:
-            problem = error.message
-        if own is None or b"\0" in _gathered(bytes([len(mapped) == num_ranks - 1]), device, gather):
+        """With ranks that all call this. None, for all of them, where one device cannot reach another. What fails
+        leaves nothing behind."""
+        with contextlib.ExitStack() as held:
+            handle, addresses, problem = _NO_HANDLE, list[int](), ""
+            mark = secrets.token_bytes(_MARK_BYTES)
+            try:
+                own = _empty(num_ranks, device, mark, held)
+                handle = own.ref.areas[0].handle
+            except UnavailableError as error:
+                problem = error.message
+            found = _gathered(handle + mark, device, gather)
+            try:
+                if not any(each.startswith(_NO_HANDLE) for each in found):
+                    at = own.view(0, 1).data_ptr()
+                    addresses += [at if n == rank else _mapped(found[n], num_ranks, held) for n in range(num_ranks)]
+                    problem = _unlike(addresses, found, num_ranks, device)
+            except UnavailableError as error:
+                problem = error.message
+            is_reached = len(addresses) == num_ranks and not problem
+            if b"\0" not in _gathered(bytes([is_reached]), device, gather):
+                stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+                return cls(PeerSums(rank, _memories(addresses, device, stop), stop), held.pop_all())
             if problem:
                 logger.info("ranks do not reach each other's memory: %s", problem)
-            _close(own, mapped)
-            return None
-        addresses = [each.address for each in mapped]
-        addresses.insert(rank, own.view(0, 1).data_ptr())
-        stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
-        return cls(PeerSums(rank, _memories(addresses, device, stop), stop), own, mapped)
+        return None
 
     def close(self) -> None:
-        """Give it back: no rank sums any more. Idempotent."""
-        _close(self._own, self._mapped)
+        """Give it back, all that can be: no rank sums any more. Idempotent."""
+        self._held.close()
 
 
 def _lies_well(values: Tensor) -> bool:
@@ -121,16 +126,40 @@ def _lies_well(values: Tensor) -> bool:
 
 
 def _num_bytes(num_ranks: int) -> int:
+    """Of one rank: inboxes and flags of all tiers, and its mark."""
+    return _mark_at(num_ranks) + _MARK_BYTES
+
+
+def _mark_at(num_ranks: int) -> int:
     return sum(tier.inboxes_bytes(num_ranks) + tier.flags_bytes(num_ranks) for tier in TIERS)
 
 
-def _empty(num_ranks: int, device: torch.device) -> SharedDeviceMemory:
-    """Inboxes and flags of no launch."""
+def _empty(num_ranks: int, device: torch.device, mark: bytes, held: contextlib.ExitStack) -> SharedDeviceMemory:
+    """Inboxes and flags of no launch, with this mark."""
     size = _num_bytes(num_ranks)
     memory = SharedDeviceMemory(size, device, shares_process=False)
-    memory.view(0, size).zero_()
+    held.callback(memory.close)
+    view = memory.view(0, size)
+    view.zero_()
+    view[-_MARK_BYTES:].copy_(torch.frombuffer(bytearray(mark), dtype=torch.uint8))
     memory.flush()
     return memory
+
+
+def _mapped(place: bytes, num_ranks: int, held: contextlib.ExitStack) -> int:
+    """Where another's memory begins here."""
+    memory = MappedMemory(DeviceArea(place[: len(_NO_HANDLE)], 0, _num_bytes(num_ranks)))
+    held.callback(memory.close)
+    return memory.address
+
+
+def _unlike(addresses: Sequence[int], found: Sequence[bytes], num_ranks: int, device: torch.device) -> str:
+    """What is wrong with what was mapped: a handle of another host may be one of this host too, of other memory."""
+    for rank, (address, place) in enumerate(zip(addresses, found, strict=True)):
+        mark = bytes_at(address + _mark_at(num_ranks), _MARK_BYTES, device) + 0  # by a kernel, as in sums
+        if bytes(mark.cpu().numpy()) != place[len(_NO_HANDLE) :]:
+            return f"what rank {rank} shares is not there"
+    return ""
 
 
 def _gathered(values: bytes, device: torch.device, gather: Gather) -> list[bytes]:
@@ -153,10 +182,3 @@ def _memories(addresses: Sequence[int], device: torch.device, stop: Tensor) -> l
         num_launches = torch.zeros(tier.num_programs, dtype=torch.int32, device=device)
         found.append(RankMemory(inboxes, flags, num_launches, stop, tier.inbox_bytes))
     return found
-
-
-def _close(own: SharedDeviceMemory | None, mapped: Sequence[MappedMemory]) -> None:
-    for each in mapped:
-        each.close()
-    if own is not None:
-        own.close()

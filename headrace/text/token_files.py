@@ -31,6 +31,9 @@ TOKEN_FILES = (CONFIG, _SPECIAL_MAP, _ADDED, _VOCABULARY)
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FURTHER = ("extra_special_tokens", "additional_special_tokens")
+_TOKEN = {"__type": "AddedToken"}
+"""What the object of a token has beside its content and flags."""
+
 _BY_ID = "added_tokens_decoder"
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
@@ -63,7 +66,7 @@ def add_tokens(library: Any, files: Mapping[str, Fields]) -> dict[str, str]:
 
     config, is_legacy = files[CONFIG].values, _BY_ID not in files[CONFIG].values
     special = {**config, **_all_special(files[_SPECIAL_MAP].values)} if is_legacy else config
-    named = {name: special[name] for name in _NAMES if special.get(name)}
+    named = _named(special)
     specials = {_content(token): token for token in [*named.values(), *_further(special)]}
     own = library.get_added_tokens_decoder()
     if is_legacy:
@@ -119,6 +122,10 @@ def _check_special_tokens(fields: Fields) -> None:
     for name in _NAMES:
         if fields.has(name) and not _is_token(fields.values[name]):
             raise fields.wrong(name, "a token (a string, or an object with its content) or null")
+    special = _all_special(fields.values) if fields.file == _SPECIAL_MAP else fields.values
+    for name, token in special.items():
+        if _is_of_model(name, token) and not _is_token(token):
+            raise fields.wrong(name, "a token")
     for name in _FURTHER:
         tokens = fields.values.get(name)
         if isinstance(tokens, Mapping):
@@ -179,14 +186,32 @@ def _flags(token: Any) -> dict[str, Any]:
 
 
 def _all_special(tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """`special_tokens_map.json`, in which no token says that it is special, for all are."""
+    """`special_tokens_map.json`, in which no token says that it is special, for all are; nor that it is a token."""
     return {
-        name: {**token, "special": True} if isinstance(token, Mapping) and name in _NAMES else token
+        name: {**token, **_TOKEN, "special": True} if isinstance(token, Mapping) and name not in _FURTHER else token
         for name, token in tokens.items()
         if token
     }
 
 
+def _named(special: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens by name: those that every tokenizer may have, and a model's own, which its chat template may ask
+    for (`image_token`)."""
+    named = {name: special[name] for name in _NAMES if special.get(name)}
+    named |= {name: token for name, token in special.items() if token and _is_of_model(name, token)}
+    for name in _FURTHER:
+        if isinstance(special.get(name), Mapping):
+            named |= special[name]
+    return named
+
+
+def _is_of_model(name: str, value: Any) -> bool:
+    """Whether transformers takes a setting for a special token by this name."""
+    is_token = isinstance(value, str) or (isinstance(value, Mapping) and _TOKEN.items() <= value.items())
+    return name.endswith("_token") and name not in _NAMES and is_token
+
+
 def _further(special: Mapping[str, Any]) -> list[Any]:
-    tokens: Any = next((special[name] for name in _FURTHER if special.get(name)), [])
-    return list(tokens.values()) if isinstance(tokens, Mapping) else tokens
+    """Special tokens without names."""
+    lists = (special.get(name) for name in _FURTHER)
+    return next((tokens for tokens in lists if tokens and isinstance(tokens, list)), [])

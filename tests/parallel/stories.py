@@ -49,13 +49,14 @@ def sample_in_shares(mesh: Mesh, folder: str, settings: dict[str, Any], num_rows
     """Random tokens of as many prompts, of which each rank samples its share, however few."""
     before, launches.MIN_SHARED_ROWS = launches.MIN_SHARED_ROWS, 1
     try:
-        story, slots = Story(make(mesh, folder, **settings)), list(range(num_rows))
+        runner = make(mesh, folder, **settings)
+        story, slots = Story(runner), list(range(num_rows))
         for slot in slots:
             sampling = TokenSampling(1.0, top_k=top_k)
             story.enter(slot, tokens_of(slot, 2 + slot), sampling=sampling, logprobs=LogprobOptions())
         story.prefill(slots, 8)
         story.decode(slots, 3)
-        return story.told()
+        return story.told() | {"num_products": runner.counters()["num_gemm_calls"]}
     finally:
         launches.MIN_SHARED_ROWS = before
 

@@ -130,6 +130,7 @@ def test_all_ranks_have_the_pages_of_the_one_with_least_room() -> None:
     [
         lambda communicator: communicator.all_reduce_(torch.zeros(3)),
         lambda communicator: communicator.all_gather(torch.zeros(3)),
+        lambda communicator: communicator.exchange(torch.zeros(2)),
         lambda communicator: communicator.broadcast_(torch.zeros(3), 1),
         lambda communicator: communicator.reduce_add_(torch.zeros(3, 3), torch.zeros(3, 3), None),
     ],

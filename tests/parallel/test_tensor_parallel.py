@@ -141,12 +141,15 @@ def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numeric
 
 @pytest.mark.parametrize("top_k", [-1, 5])
 def test_ranks_that_sample_their_share_of_the_rows_know_all_tokens(pool: RankPool, tmp_path: Path, top_k: int) -> None:
-    """The vocabulary does not divide; the next step begins with what others have sampled."""
+    """The vocabulary does not divide, one row is padding; the next step begins with what others have sampled. As many
+    products are counted as in steps of fewer rows, which are not shared."""
     folder = save_model(make_model("llama", **NARROW), tmp_path)
-    settings = {"attention_backend": "triton", "max_num_batched_tokens": 8, "max_running_requests": 2}
-    arguments = {"folder": str(folder), "settings": settings, "num_rows": 2, "top_k": top_k}
+    settings = {"attention_backend": "triton", "max_num_batched_tokens": 12, "max_running_requests": 4}
+    arguments = {"folder": str(folder), "settings": settings, "num_rows": 3, "top_k": top_k}
     (expected,) = pool.run(1, "sample_in_shares", **arguments)
-    check_ranks(pool.run(2, "sample_in_shares", **arguments), expected)
+    answers = pool.run(2, "sample_in_shares", **arguments)
+    check_ranks(answers, expected)
+    assert answers[0]["num_products"] == expected["num_products"]
 
 
 @pytest.mark.parametrize(("shape", "num_ranks"), [("llama-biases", 2), ("qwen3_moe", 4)])

@@ -100,9 +100,11 @@ def test_special_tokens_are_those_of_the_files_beside(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a<pad>b<extra>", False)) == "ab<extra>"
 
 
-@pytest.mark.parametrize("splits", [False, True])
-def test_what_a_folder_gives_is_what_transformers_gives(splits: bool, tmp_path: Path) -> None:
-    names: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "extra_special_tokens": ["<x>"]}
+@pytest.mark.parametrize(("splits", "further"), [(False, ["<x>"]), (True, ["<x>"]), (False, {"boi_token": "<x>"})])
+def test_what_a_folder_gives_is_what_transformers_gives(splits: bool, further: Any, tmp_path: Path) -> None:
+    """A model's own special tokens too, by whose names its chat template may ask for them."""
+    names: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "extra_special_tokens": further}
+    names |= {"image_token": "<image>", "audio_token": "<tool_call>", "hf_token": None, "add_bos_token": True}
     write(tmp_path, digits_in_threes(), **names, split_special_tokens=splits)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
     ours, theirs = load_backend(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -110,6 +112,8 @@ def test_what_a_folder_gives_is_what_transformers_gives(splits: bool, tmp_path: 
         assert getattr(ours, name) == getattr(theirs, name), name
     libraries = [each.backend_tokenizer for each in (ours, theirs)]
     assert libraries[0].get_vocab() == libraries[1].get_vocab()
+    added = [repr(each.get_added_tokens_decoder()) for each in libraries]
+    assert added[0] == added[1]
     found, expected = (each.encode("a<|im_end|><x>b", add_special_tokens=False).ids for each in libraries)
     assert found == expected and (len(found) == 4) == (not splits)
 
@@ -123,7 +127,7 @@ def test_an_end_that_was_an_ordinary_added_token_is_special(tmp_path: Path) -> N
 
 def mutations(library: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(file, field, contents) of faulty files."""
-    names = ("eos_token", "bos_token", "additional_special_tokens", "added_tokens_decoder", "chat_template")
+    names = ("eos_token", "image_token", "additional_special_tokens", "added_tokens_decoder", "chat_template")
     for name in (*names, "tokenizer_class", "split_special_tokens", "padding_side", "init_inputs", "tokenizer_file"):
         for value in VALUES:
             yield "tokenizer_config.json", name, {name: value}

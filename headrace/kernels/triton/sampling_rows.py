@@ -271,7 +271,7 @@ def _reduce_kernel(
         tl.store(last_ptr + slot, token)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "slots_ptr"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["tokens_ptr", "slots_ptr"])
 def _leave_kernel(tokens_ptr, slots_ptr, last_ptr, num_rows, BLOCK_S: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
