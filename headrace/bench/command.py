@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from headrace.bench.engine_setup import EngineSetup
+from headrace.bench.models import SHAPES
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED
 from headrace.bench.workloads import ScaleChoice
@@ -90,8 +91,8 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder (default: a random model made on the spot)")
-    shapes = "tiny, small, qwen3-0.6b or qwen3-8b (default: small)"
-    parser.add_argument("--shape", default="small", help=f"of the model made on the spot: {shapes}")
+    help_text = f"of the model made on the spot: {', '.join(SHAPES)} (default: small)"
+    parser.add_argument("--shape", default="small", help=help_text)
     parser.add_argument("--threads", type=_positive, help="torch threads (default: the engine's own choice)")
 
 

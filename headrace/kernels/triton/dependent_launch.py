@@ -16,6 +16,14 @@ def launch_options(pdl: bool) -> dict[str, bool]:
 
 
 @triton.jit
+def take_turn(PDL: tl.constexpr):
+    """Let the next launch begin, which may fetch ahead while this one waits; and wait for the one ahead."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def fetch_ahead(ptr, rows, first, width, LINES: tl.constexpr):
     """Ask, of each of these rows of `width` elements, for LINES lines of 128 bytes from element `first` on.
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.dependent_launch import launch_options
+from headrace.kernels.triton.dependent_launch import launch_options, take_turn
 
 BLOCK = 4096
 """Elements that a program takes at once."""
@@ -94,14 +94,6 @@ def sum_over_ranks(
 
 
 @triton.jit
-def _take_turn(PDL: tl.constexpr):
-    """Let the next launch begin, which may fetch ahead while this one waits; and wait for the one before."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def _inbox(inboxes, rank, launch, source, inbox_size, RANKS: tl.constexpr, dtype: tl.constexpr):
     """Where a rank finds what another one writes in this launch."""
     start = tl.multiple_of(tl.load(inboxes + rank).to(tl.pointer_type(dtype)), 16)
@@ -143,7 +135,7 @@ def _word_kernel(
     RANK: tl.constexpr, RANKS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, PUSHES: tl.constexpr,
     TAKES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    _take_turn(PDL)
+    take_turn(PDL)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
     words_ptr, sums_ptr = values_ptr.to(tl.pointer_type(tl.int32)), out_ptr.to(tl.pointer_type(tl.int32))
     program = tl.program_id(0)
@@ -232,7 +224,7 @@ def _flag_kernel(
     RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     PUSHES: tl.constexpr, TAKES: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    _take_turn(PDL)
+    take_turn(PDL)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
     program = tl.program_id(0)
     launch = tl.load(num_launches + program) + 1

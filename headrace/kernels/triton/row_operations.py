@@ -16,16 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
-from headrace.kernels.triton.dependent_launch import launch_options
+from headrace.kernels.triton.dependent_launch import launch_options, take_turn
 from headrace.kernels.triton.float8 import as_bytes, to_float8_bytes
-
-
-@triton.jit
-def _take_turn(PDL: tl.constexpr):
-    """Let the next launch begin, and wait for the one ahead."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -33,7 +25,7 @@ def _norm_kernel(
     x_ptr, weight_ptr, out_ptr, x_stride, out_stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    _take_turn(PDL)
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -59,7 +51,7 @@ def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, pdl:
 def _silu_mul_kernel(
     x_ptr, out_ptr, x_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    _take_turn(PDL)
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
