@@ -63,8 +63,8 @@ def _microseconds(communicator: GroupCommunicator, values: Tensor, residual: Ten
     total, partial, normed = residual.clone(), values.clone(), torch.empty_like(values)
 
     def layer() -> None:
-        communicator.reduce_add_(total, partial, None)
-        rms_norm(total, norm, _EPS, normed, pdl=True)
+        if communicator.reduce_add_(total, partial, None, (norm, _EPS)) is None:
+            rms_norm(total, norm, _EPS, normed, pdl=True)
 
     return _graph_time(layer) / REPEATS
 

@@ -19,28 +19,40 @@ from headrace.kernels.products import PLAIN, Products
 from headrace.types.errors import ConfigError
 
 
+class PartialSum(Protocol):
+    """A rank's part of a sum over ranks, until it is added to the stream; every rank has one."""
+
+    def add_(self, residual_TX: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor | None:
+        """residual += the sum, in place, once. `norm` (weight [X], eps): what is done with the residual next; its norm
+        [T, X] is returned where the same launch can compute it, and else None."""
+
+
 class LayerKernels(Protocol):
     """What a decoder layer is made of: products over the normed residual stream, and products added back to it.
 
-    A set may fuse what each of these says. All tensors have one dtype unless stated; outputs are new tensors. What
-    follows the projection of heads is the attention backend's.
+    A set may fuse what each of these says. All tensors have one dtype unless stated; outputs are new tensors. Where the
+    weight of a norm is None, x is normed already. What follows the projection of heads is the attention backend's.
     """
 
     def linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + b -> [T, O]: of a rank whose part of a sum this is."""
 
     def normed_linear(
-        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         """rms_norm(x) W^T + b -> [T, O]."""
 
-    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def normed_gate(
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
         """silu(gate) * up of rms_norm(x) W^T + b, whose first half are the gates -> [T, F]."""
 
-    def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        """residual += x W^T + b, in place."""
+    def linear_add_(
+        self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> PartialSum | None:
+        """residual += x W^T + b, in place; or returned is what is still to be added for that."""
 
-    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_VI: Tensor) -> Tensor:
         """rms_norm(x) W^T -> float32 [T, V]."""
 
     @property
@@ -51,11 +63,16 @@ class LayerKernels(Protocol):
 class ExpertKernels(Protocol):
     """As `LayerKernels`, for layers whose tokens are given to a few of many gated blocks."""
 
-    def normed_route(self, x_TX: Tensor, norm_X: Tensor, eps: float, router_EX: Tensor, rule: RouterRule) -> Routed:
+    def normed_route(
+        self, x_TX: Tensor, norm_X: Tensor | None, eps: float, router_EX: Tensor, rule: RouterRule
+    ) -> Routed:
         """rms_norm(x), and the experts that a router picks for it."""
 
-    def experts_add_(self, residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor) -> None:
-        """residual += the weighted sum of W_down silu_and_mul(W_gate_up hidden) over each token's experts, in place."""
+    def experts_add_(
+        self, residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor
+    ) -> PartialSum | None:
+        """residual += the weighted sum of W_down silu_and_mul(W_gate_up hidden) over each token's experts, in place; or
+        returned is what is still to be added for that."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +100,26 @@ class KernelSet:
         return self
 
     def normed_linear(
-        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
-        return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_OI, bias_O)
+        return self.linear(self._normed(x_TI, norm_I, eps), weight_OI, bias_O)
 
-    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return self.silu_and_mul(self.linear(self.rms_norm(x_TI, norm_I, eps), weight_OI, bias_O))
+    def normed_gate(
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
+        return self.silu_and_mul(self.linear(self._normed(x_TI, norm_I, eps), weight_OI, bias_O))
 
-    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
-        return self.linear(self.rms_norm(x_TI, norm_I, eps), weight_VI, None).float()
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_VI: Tensor) -> Tensor:
+        return self.linear(self._normed(x_TI, norm_I, eps), weight_VI, None).float()
 
-    def normed_route(self, x_TX: Tensor, norm_X: Tensor, eps: float, router_EX: Tensor, rule: RouterRule) -> Routed:
-        hidden_TX = self.rms_norm(x_TX, norm_X, eps)
+    def normed_route(
+        self, x_TX: Tensor, norm_X: Tensor | None, eps: float, router_EX: Tensor, rule: RouterRule
+    ) -> Routed:
+        hidden_TX = self._normed(x_TX, norm_X, eps)
         return route(hidden_TX, self.linear(hidden_TX, router_EX, None), rule)
+
+    def _normed(self, x: Tensor, norm_D: Tensor | None, eps: float) -> Tensor:
+        return x if norm_D is None else self.rms_norm(x, norm_D, eps)
 
 
 _MODULES = {"reference": reference, "fast": fast, "invariant": invariant}

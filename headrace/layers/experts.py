@@ -22,8 +22,7 @@ class Router:
     def __call__(self, x: Normed) -> Routed:
         """[T, hidden] -> its norm, and who is to transform it."""
         self.counter.num_calls += 1
-        x_TX, (norm_X, eps) = x
-        return self.kernels.normed_route(x_TX, norm_X, eps, self.weight, self.rule)
+        return self.kernels.normed_route(*x, self.weight, self.rule)
 
 
 class Experts:

@@ -28,20 +28,17 @@ class Linear:
     def __call__(self, x: Normed) -> Tensor:
         """[T, in] -> [T, out]."""
         self.counter.num_calls += 1
-        x_TI, (norm_I, eps) = x
-        return self.kernels.normed_linear(x_TI, norm_I, eps, self.weight, self.bias)
+        return self.kernels.normed_linear(*x, self.weight, self.bias)
 
     def gate(self, x: Normed) -> Tensor:
         """silu(gate) * up, gates being the first half of the outputs: [T, in] -> [T, out / 2]."""
         self.counter.num_calls += 1
-        x_TI, (norm_I, eps) = x
-        return self.kernels.normed_gate(x_TI, norm_I, eps, self.weight, self.bias)
+        return self.kernels.normed_gate(*x, self.weight, self.bias)
 
     def logits(self, x: Normed, kernels: LayerKernels | None = None) -> Tensor:
         """In float32; without bias. `kernels`: by these, and not the layer's."""
         self.counter.num_calls += 1
-        x_TI, (norm_I, eps) = x
-        return (kernels or self.kernels).normed_logits(x_TI, norm_I, eps, self.weight)
+        return (kernels or self.kernels).normed_logits(*x, self.weight)
 
 
 class Embedding:

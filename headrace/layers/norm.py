@@ -14,5 +14,10 @@ class RmsNorm(NamedTuple):
     eps: float
 
 
-Normed = tuple[Tensor, RmsNorm]
-"""The norm of a stream [T, X], not computed yet: the product that takes it may do both at once."""
+class Normed(NamedTuple):
+    """The norm of a stream [T, X], not computed yet: the product that takes it may do both at once. Without a weight
+    `values_TX` is the norm itself, which came with what was added to the stream."""
+
+    values_TX: Tensor
+    weight_X: Tensor | None
+    eps: float

@@ -10,13 +10,29 @@ Legend as in `headrace.kernels.kernel_set`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from headrace.kernels import ExpertKernels, LayerKernels
 from headrace.kernels.experts import Routed
 from headrace.layers.linear import Embedding
-from headrace.parallel import Mesh
+from headrace.parallel import Communicator, Mesh
+
+
+@dataclass(frozen=True, eq=False)
+class RankPart:
+    """What this rank has of a sum, which is to be added to the stream. `in_order`: as in `ShardedKernels`."""
+
+    communicator: Communicator
+    partial_TX: Tensor
+    bias_X: Tensor | None
+    in_order: bool
+
+    def add_(self, residual_TX: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor | None:
+        """As `Communicator.reduce_add_`."""
+        return self.communicator.reduce_add_(residual_TX, self.partial_TX, self.bias_X, norm, in_order=self.in_order)
 
 
 class ShardedKernels:
@@ -29,12 +45,11 @@ class ShardedKernels:
         self._kernels, self._communicator, self._in_order = kernels, mesh.communicator, in_order
         self._vocab_size = vocab_size
 
-    def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> RankPart:
         """The bias is whole on every rank, and added after the sum."""
-        partial_TO = self._kernels.linear(x_TI, weight_OI, None)
-        self._communicator.reduce_add_(residual_TO, partial_TO, bias_O, in_order=self._in_order)
+        return RankPart(self._communicator, self._kernels.linear(x_TI, weight_OI, None), bias_O, self._in_order)
 
-    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_VI: Tensor) -> Tensor:
         """Of the whole vocabulary; only the last rank's rows may end with padding."""
         parts = self._communicator.all_gather(self._kernels.normed_logits(x_TI, norm_I, eps, weight_VI))
         return joined(parts, self._vocab_size)
@@ -53,11 +68,11 @@ class ShardedExperts:
         self.normed_route = kernels.normed_route
         self._kernels, self._communicator, self._in_order = kernels, mesh.communicator, in_order
 
-    def experts_add_(self, residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor) -> None:
+    def experts_add_(self, residual_TX: Tensor, routed: Routed, gate_up_E2FX: Tensor, down_EXF: Tensor) -> RankPart:
         """A token's experts are summed on each rank, and then over the ranks."""
         partial_TX = torch.zeros_like(residual_TX)
         self._kernels.experts_add_(partial_TX, routed, gate_up_E2FX, down_EXF)
-        self._communicator.reduce_add_(residual_TX, partial_TX, None, in_order=self._in_order)
+        return RankPart(self._communicator, partial_TX, None, self._in_order)
 
 
 class ShardedEmbedding(Embedding):

@@ -62,7 +62,7 @@ class Decoder:
         for layer in self._layers[:-1]:
             layer.run(x, step)
         self._layers[-1].run(x, step, step.kept_tokens)
-        return x.stream_TX
+        return x.stream()
 
     def logits(self, hidden_SX: Tensor) -> Tensor:
         """Rows of the last stage's `forward` -> float32 logits [S, V]."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from headrace.parallel.peer_sums import MAX_RANKS, PeerMemory
+from headrace.parallel.peer_sums import MAX_RANKS, PeerMemory, RowNorm
 from headrace.types.plan import RankLost
 
 Reduction = Literal["sum", "min", "max"]
@@ -27,12 +27,19 @@ class Communicator(Protocol):
     """The ranks of a mesh to one of them. Every call raises `RankLost` where another rank is gone or late."""
 
     def reduce_add_(
-        self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
-    ) -> None:
+        self,
+        residual_TX: Tensor,
+        partial_TX: Tensor,
+        bias_X: Tensor | None,
+        norm: RowNorm | None = None,
+        *,
+        in_order: bool = False,
+    ) -> Tensor | None:
         """residual += the sum of all ranks' partials, + bias once, in place; the partial is used up.
 
         All ranks get the same bits. `in_order`: each element is summed by itself, in float32, from rank 0 on, so that
-        its bits do not depend on how many tokens there are; for that each partial is sent to every rank.
+        its bits do not depend on how many tokens there are; for that each partial is sent to every rank. `norm`: what
+        is done with the residual next; its norm is returned where the same launch can compute it, and else None.
         """
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
@@ -63,9 +70,16 @@ class OnlyRank:
     """The communicator of a mesh of one: nothing is told to anybody."""
 
     def reduce_add_(
-        self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
-    ) -> None:
+        self,
+        residual_TX: Tensor,
+        partial_TX: Tensor,
+        bias_X: Tensor | None,
+        norm: RowNorm | None = None,
+        *,
+        in_order: bool = False,
+    ) -> Tensor | None:
         _add_(residual_TX, partial_TX, bias_X)
+        return None
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         return [values]
@@ -117,20 +131,27 @@ class GroupCommunicator:
             self._broadcasts.append(options)
 
     def reduce_add_(
-        self, residual_TX: Tensor, partial_TX: Tensor, bias_X: Tensor | None, *, in_order: bool = False
-    ) -> None:
+        self,
+        residual_TX: Tensor,
+        partial_TX: Tensor,
+        bias_X: Tensor | None,
+        norm: RowNorm | None = None,
+        *,
+        in_order: bool = False,
+    ) -> Tensor | None:
         if self._peers is not None and self._peers.sums.takes(partial_TX, residual_TX):
-            self._peers.sums.sum(partial_TX, residual_TX, bias_X, adds=True)
-            return
+            # Norms of sums by words, by flags and after NCCL's do not have the same bits.
+            return self._peers.sums.sum(partial_TX, residual_TX, bias_X, None if in_order else norm, adds=True)
         if not in_order:
             self.all_reduce_(partial_TX)
             _add_(residual_TX, partial_TX, bias_X)
-            return
+            return None
         first, *others = self.all_gather(partial_TX)
         total_TX = first.float()
         for other in others:
             total_TX += other
         _add_(residual_TX, total_TX.to(residual_TX.dtype), bias_X)
+        return None
 
     def all_gather(self, values: Tensor) -> list[Tensor]:
         found = values.new_empty(self._num_ranks * values.shape[0], *values.shape[1:])

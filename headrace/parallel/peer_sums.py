@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RowNorm = tuple[Tensor, float]
+"""An RMS norm over rows: weight [X], and what is added to the mean square."""
+
 Gather = Callable[[Tensor], list[Tensor]]
 
 MAX_RANKS = 8
@@ -68,12 +71,24 @@ class PeerSums:
         is_alike = values.shape == out.shape and values.dtype == out.dtype in _DTYPES
         return fits and is_alike and _lies_well(values) and _lies_well(out)
 
-    def sum(self, values: Tensor, out: Tensor, bias_X: Tensor | None = None, *, adds: bool) -> None:
-        """As `rank_sums.sum_over_ranks`, enqueued."""
-        from headrace.kernels.triton.rank_sums import sum_over_ranks
+    def sum(
+        self,
+        values: Tensor,
+        out: Tensor,
+        bias_X: Tensor | None = None,
+        norm: RowNorm | None = None,
+        *,
+        adds: bool,
+    ) -> Tensor | None:
+        """As `rank_sums.sum_over_ranks`, enqueued. Returned is the norm of the sum where its launch can compute it."""
+        from headrace.kernels.triton.rank_sums import SumNorm, sum_over_ranks
 
         memory = next(each for each in self._memories if values.nbytes <= each.max_bytes)
-        sum_over_ranks(memory, self._rank, values, out, bias_X, adds=adds, pdl=True)
+        sum_norm = None
+        if norm is not None and memory.norms(len(values)):
+            sum_norm = SumNorm(*norm, torch.empty_like(out))
+        sum_over_ranks(memory, self._rank, values, out, bias_X, sum_norm, adds=adds, pdl=True)
+        return sum_norm and sum_norm.out_TX
 
     def abort(self) -> None:
         """No sum waits any more, and none is right."""

@@ -50,13 +50,16 @@ def same_bits(pair: Pair) -> None:
         has_bias, in_order, late = choose.random() < 0.3, choose.random() < 0.3, choose.randrange(8)
         values, residual = values_of(pair.rank, number, shape, dtype), values_of(2, number, shape, dtype)
         bias = values_of(3, number, (1, shape[1]), dtype)[0] if has_bias else None
-        expected = residual.clone()
+        expected, weight = residual.clone(), values_of(4, number, (1, shape[1]), dtype)[0]
         pair.plain.reduce_add_(expected, values.clone(), bias, in_order=in_order)
         if late == pair.rank:
             torch.cuda._sleep(2_000_000)
         assert pair.ours._peers is not None and pair.ours._peers.sums.takes(values, residual)
-        pair.ours.reduce_add_(residual, values, bias, in_order=in_order)
+        normed = pair.ours.reduce_add_(residual, values, bias, (weight, 1e-6), in_order=in_order)
         wrong += (residual != expected).sum()
+        assert in_order == (normed is None) or shape[0] > 256
+        if normed is not None:
+            wrong += far_from_norm(normed, expected, weight)
         total = values.clone()
         pair.plain.all_reduce_(total)
         pair.ours.all_reduce_(values)
@@ -79,6 +82,15 @@ def same_bits(pair: Pair) -> None:
         graph.replay()
         wrong += (total != expected).sum()
     print(int(wrong))
+
+
+def far_from_norm(normed: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """How many elements differ by more than their rounding, of the norm in float64."""
+    exact = values.double()
+    exact *= (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    exact *= weight.double()
+    bound = 2 * torch.finfo(values.dtype).eps
+    return ((normed.double() - exact).abs() > bound * exact.abs() + 1e-6).sum()
 
 
 def no_answer(pair: Pair) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.rank_sums import BLOCK, RankMemory, sum_over_ranks
+from headrace.kernels.reference import rms_norm
+from headrace.kernels.triton.rank_sums import BLOCK, RankMemory, SumNorm, sum_over_ranks
 
 
 class Ranks:
@@ -24,10 +25,13 @@ class Ranks:
         raised = flags if way == "flags" else None
         self.memories = [RankMemory(inboxes, raised, launches.clone(), self.stop, inbox_bytes) for _ in numbers]
 
-    def sum(self, values: list[Tensor], outs: list[Tensor], bias: Tensor | None, *, adds: bool) -> None:
+    def sum(
+        self, values: list[Tensor], outs: list[Tensor], bias: Tensor | None, norms: list[SumNorm], *, adds: bool
+    ) -> None:
         for pushes in (True, False):
             for rank, (memory, value, out) in enumerate(zip(self.memories, values, outs, strict=True)):
-                sum_over_ranks(memory, rank, value, out, bias, adds=adds, pushes=pushes, takes=not pushes)
+                norm = norms[rank] if norms else None
+                sum_over_ranks(memory, rank, value, out, bias, norm, adds=adds, pushes=pushes, takes=not pushes)
 
 
 def reference(values: list[Tensor], out: Tensor, bias: Tensor | None, *, adds: bool) -> Tensor:
@@ -45,7 +49,8 @@ def reference(values: list[Tensor], out: Tensor, bias: Tensor | None, *, adds: b
 @pytest.mark.parametrize("num_launches", [0, 2**31 - 2])
 @pytest.mark.parametrize("way", ["words", "flags"])
 def test_every_rank_has_the_sum(num_ranks: int, dtype: torch.dtype, num_launches: int, way: str) -> None:
-    """Of one launch after the other, of any sizes, beyond the greatest number of launches too."""
+    """Of one launch after the other, of any sizes, beyond the greatest number of launches too; and its norm, of all
+    rows if of any."""
     choose, width = random.Random(num_ranks), 192
     ranks = Ranks(num_ranks, 3 if way == "flags" else 40, 4 * 3 * BLOCK * 2, num_launches, way)
     for number in range(6):
@@ -57,8 +62,15 @@ def test_every_rank_has_the_sum(num_ranks: int, dtype: torch.dtype, num_launches
         adds = bool(number % 3)
         expected = reference(values, residual, bias, adds=adds)
         outs = [residual.clone() for _ in range(num_ranks)] if adds or bias is not None else values
-        ranks.sum(values, outs, bias, adds=adds)
+        weight = torch.rand(width, generator=generator).to(dtype)
+        assert ranks.memories[0].norms(num_rows) or way == "words"
+        has_norm = number % 3 != 0 and ranks.memories[0].norms(num_rows)
+        norms = [SumNorm(weight, 1e-5, torch.full_like(residual, torch.nan)) for _ in outs] if has_norm else []
+        ranks.sum(values, outs, bias, norms, adds=adds)
         assert all(torch.equal(out, expected) for out in outs)
+        for norm in norms:
+            found = rms_norm(expected, weight, 1e-5)
+            torch.testing.assert_close(norm.out_TX, found, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["words", "flags"])

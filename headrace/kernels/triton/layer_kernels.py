@@ -31,7 +31,9 @@ def device_kernels(numerics: str, device: torch.device, products: Products = PLA
     return FastKernels(device, pdl=pdl, products=products)
 
 
-def _normed(x_TI: Tensor, norm_I: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
+def _normed(x_TI: Tensor, norm_I: Tensor | None, eps: float, *, pdl: bool = False) -> Tensor:
+    if norm_I is None:
+        return x_TI
     out = torch.empty_like(x_TI)
     rms_norm(x_TI, norm_I, eps, out, pdl=pdl)
     return out
@@ -62,7 +64,7 @@ class FastKernels:
         self._workspace = ProductWorkspace(device)
 
     def normed_linear(
-        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         (num_rows, num_inputs), num_outputs, pdl = x_TI.shape, weight_OI.shape[0], self._pdl
         tile = self._choose("plain", num_rows, num_outputs, num_inputs, x_TI.dtype)
@@ -89,7 +91,9 @@ class FastKernels:
             multiply_fused(x_TI, weight_OI, bias_O, out, tile, self._workspace, pdl=self._pdl)
         return out
 
-    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def normed_gate(
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
         (num_rows, num_inputs), num_outputs, pdl = x_TI.shape, weight_OI.shape[0] // 2, self._pdl
         tile = self._choose("gate", num_rows, num_outputs, num_inputs, x_TI.dtype) if bias_O is None else None
         if isinstance(tile, RowTile):
@@ -113,7 +117,7 @@ class FastKernels:
         else:
             self._products.linear_add_(residual_TO, x_TI, weight_OI, bias_O)
 
-    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_VI: Tensor) -> Tensor:
         if x_TI.shape[0] == 1:
             out = x_TI.new_empty(1, weight_VI.shape[0], dtype=torch.float32)
             multiply_row(x_TI, weight_VI, out, norm_K=norm_I, eps=eps, pdl=self._pdl)
@@ -133,7 +137,7 @@ class InvariantKernels:
         self._pdl = pdl
 
     def normed_linear(
-        self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         return self.linear(_normed(x_TI, norm_I, eps, pdl=self._pdl), weight_OI, bias_O)
 
@@ -142,13 +146,15 @@ class InvariantKernels:
         multiply_tiles(x_TI, weight_OI, bias_O, out, pdl=self._pdl)
         return out
 
-    def normed_gate(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def normed_gate(
+        self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_OI: Tensor, bias_O: Tensor | None
+    ) -> Tensor:
         return _gated(self.normed_linear(x_TI, norm_I, eps, weight_OI, bias_O), pdl=self._pdl)
 
     def linear_add_(self, residual_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         multiply_tiles(x_TI, weight_OI, bias_O, residual_TO, adds=True, pdl=self._pdl)
 
-    def normed_logits(self, x_TI: Tensor, norm_I: Tensor, eps: float, weight_VI: Tensor) -> Tensor:
+    def normed_logits(self, x_TI: Tensor, norm_I: Tensor | None, eps: float, weight_VI: Tensor) -> Tensor:
         out = x_TI.new_empty(x_TI.shape[0], weight_VI.shape[0], dtype=torch.float32)
         normed = _normed(x_TI, norm_I, eps, pdl=self._pdl)
         multiply_tiles(normed, weight_VI, None, out, pdl=self._pdl)

@@ -2,7 +2,8 @@
 
 Every rank writes what it has into an inbox in each other's memory, and reads its own inboxes once the others' values
 are there. Small sums are written in words of 8 bytes, of which half says of which launch it is: whoever reads a word
-sees whether it has come. Of large ones a flag follows, once all is written.
+sees whether it has come. Of large ones a flag follows, once all is written. A launch whose programs have whole rows can
+leave the RMS norm of what it made too.
 
 A launch has always as many programs, each with a number of its own of the launches it was in: that is what words and
 flags say, and its parity which of two inboxes is used. That is free again: a rank that is in launch e has waited for
@@ -15,6 +16,7 @@ Legend: N ranks, B programs, X width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,7 +32,7 @@ WORDS = 512
 
 WORD_BYTES = 8
 _WARPS = 8
-_WORD_WARPS = 4
+_WORDS_PER_WARP = 128
 _LOOKS = tl.constexpr(1024)
 """At what another rank writes, between two at what the host does, which is far away."""
 
@@ -56,6 +58,18 @@ class RankMemory:
         """Of the values of one sum."""
         return self.inbox_bytes if self.flags is not None else self.num_launches.numel() * WORDS * 4
 
+    def norms(self, num_rows: int) -> bool:
+        """Whether a launch can norm as many rows of what it sums."""
+        return self.flags is not None or num_rows <= self.num_launches.numel()
+
+
+class SumNorm(NamedTuple):
+    """`out_TX` = the RMS norm of the sum: weight [X], and what is added to the mean square."""
+
+    weight_X: Tensor
+    eps: float
+    out_TX: Tensor
+
 
 def sum_over_ranks(
     memory: RankMemory,
@@ -63,6 +77,7 @@ def sum_over_ranks(
     values: Tensor,
     out: Tensor,
     bias_X: Tensor | None = None,
+    norm: SumNorm | None = None,
     *,
     adds: bool,
     pdl: bool = False,
@@ -72,24 +87,31 @@ def sum_over_ranks(
     """out = the sum of all ranks' values, or out += that sum, and then += bias; of the same bits on all ranks.
 
     Summed in float32 from rank 0 on, and rounded to their dtype after the sum and after each addition. All are
-    contiguous, of one shape [*, X] and dtype, have an even number of elements and fit into an inbox. `pushes` and
-    `takes`: only that half, in tests.
+    contiguous, of one shape [T, X] and dtype, X is even, and they fit into an inbox. `norm`: as `RankMemory.norms`.
+    `pushes` and `takes`: only that half, in tests.
     """
     num_blocks, size, width = memory.num_launches.numel(), values.element_size(), values.shape[-1]
+    norm_X, eps, normed = norm or (None, 0.0, None)
+    outputs = out, bias_X, norm_X, normed, eps
     common = {
-        "RANK": rank, "RANKS": memory.inboxes.numel(), "ADDS": adds, "HAS_BIAS": bias_X is not None, "PUSHES": pushes,
-        "TAKES": takes, "PDL": pdl, **launch_options(pdl),
+        "RANK": rank, "RANKS": memory.inboxes.numel(), "ADDS": adds, "HAS_BIAS": bias_X is not None,
+        "HAS_NORM": norm is not None, "PUSHES": pushes, "TAKES": takes, "PDL": pdl, **launch_options(pdl),
     }  # fmt: skip
     if memory.flags is None:
+        row_words = width * size // 4
+        span = WORDS if norm is None else row_words
+        block = triton.next_power_of_2(span)
         _word_kernel[(num_blocks,)](
-            values, out, bias_X, memory.inboxes, memory.num_launches, memory.stop, values.nbytes // 4,
-            width * size // 4, memory.inbox_bytes // WORD_BYTES, BLOCK=WORDS, num_warps=_WORD_WARPS, **common,
+            values, *outputs, memory.inboxes, memory.num_launches, memory.stop, values.nbytes // 4, row_words,
+            memory.inbox_bytes // WORD_BYTES, SPAN=span, BLOCK=block,
+            num_warps=max(1, min(16, block // _WORDS_PER_WARP)), **common,
         )  # fmt: skip
         return
+    span = BLOCK if norm is None else width
     _flag_kernel[(num_blocks,)](
-        values, out, bias_X, memory.inboxes, memory.flags, memory.num_launches, memory.stop, values.numel(), width,
-        memory.inbox_bytes // size, PROGRAMS=num_blocks, ON_DEVICE=values.is_cuda, BLOCK=BLOCK, num_warps=_WARPS,
-        **common,
+        values, *outputs, memory.inboxes, memory.flags, memory.num_launches, memory.stop, values.numel(), width,
+        memory.inbox_bytes // size, PROGRAMS=num_blocks, ON_DEVICE=values.is_cuda, SPAN=span,
+        BLOCK=triton.next_power_of_2(span), num_warps=_WARPS, **common,
     )  # fmt: skip
 
 
@@ -130,19 +152,32 @@ def _added(word, other, dtype: tl.constexpr):
 
 
 @triton.jit
+def _normed(word, weight, eps, SPAN: tl.constexpr, dtype: tl.constexpr):
+    """The words of a row, normed and weighed, rounded in between."""
+    low, high = _halves(word, dtype)
+    WIDTH: tl.constexpr = SPAN * 32 // dtype.primitive_bitwidth
+    scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / WIDTH + eps)
+    low, high = _halves(_word(low * scale, high * scale, dtype), dtype)
+    weight_low, weight_high = _halves(weight, dtype)
+    return _word(low * weight_low, high * weight_high, dtype)
+
+
+@triton.jit
 def _word_kernel(
-    values_ptr, out_ptr, bias_ptr, inboxes, num_launches, stop, num_words, width, inbox_words,
-    RANK: tl.constexpr, RANKS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, PUSHES: tl.constexpr,
-    TAKES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    values_ptr, out_ptr, bias_ptr, norm_ptr, normed_ptr, eps, inboxes, num_launches, stop, num_words, width,
+    inbox_words,
+    RANK: tl.constexpr, RANKS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    PUSHES: tl.constexpr, TAKES: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     take_turn(PDL)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
     words_ptr, sums_ptr = values_ptr.to(tl.pointer_type(tl.int32)), out_ptr.to(tl.pointer_type(tl.int32))
     program = tl.program_id(0)
     launch = tl.load(num_launches + program) + 1
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    mask = at < num_words
-    if program * BLOCK < num_words:
+    columns = tl.arange(0, BLOCK)
+    at = program * SPAN + columns
+    mask = (columns < SPAN) & (at < num_words)
+    if program * SPAN < num_words:
         own = tl.load(words_ptr + at, mask=mask, other=0)
         if PUSHES:
             tagged = (launch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
@@ -179,6 +214,10 @@ def _word_kernel(
                 bias = tl.load(bias_ptr.to(tl.pointer_type(tl.int32)) + at % width, mask=mask, other=0)
                 total = _added(total, bias, dtype)
             tl.store(sums_ptr + at, total, mask=mask)
+            if HAS_NORM:
+                weight = tl.load(norm_ptr.to(tl.pointer_type(tl.int32)) + columns, mask=mask, other=0)
+                normed = _normed(total, weight, eps, SPAN, dtype)
+                tl.store(normed_ptr.to(tl.pointer_type(tl.int32)) + at, normed, mask=mask)
     if TAKES:
         tl.store(num_launches + program, launch)
 
@@ -220,26 +259,30 @@ def _await_flag(flag, launch, stop, LOOKS: tl.constexpr, ON_DEVICE: tl.constexpr
 
 @triton.jit
 def _flag_kernel(
-    values_ptr, out_ptr, bias_ptr, inboxes, flags, num_launches, stop, num_elements, width, inbox_elements,
+    values_ptr, out_ptr, bias_ptr, norm_ptr, normed_ptr, eps, inboxes, flags, num_launches, stop, num_elements, width,
+    inbox_elements,
     RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PUSHES: tl.constexpr, TAKES: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, PUSHES: tl.constexpr, TAKES: tl.constexpr, ON_DEVICE: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     take_turn(PDL)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
     program = tl.program_id(0)
     launch = tl.load(num_launches + program) + 1
-    size = tl.cdiv(tl.cdiv(num_elements, BLOCK), PROGRAMS) * BLOCK
+    size = tl.cdiv(tl.cdiv(num_elements, SPAN), PROGRAMS) * SPAN
     first = program * size
     end = tl.minimum(first + size, num_elements)
+    columns = tl.arange(0, BLOCK)
     if first < end:
         if PUSHES:
-            for start in range(first, end, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                value = tl.load(values_ptr + at, mask=at < end)
+            for start in range(first, end, SPAN):
+                at = start + columns
+                mask = (columns < SPAN) & (at < end)
+                value = tl.load(values_ptr + at, mask=mask)
                 for rank in tl.static_range(RANKS):
                     if rank != RANK:
                         inbox = _inbox(inboxes, rank, launch, RANK, inbox_elements, RANKS, dtype)
-                        tl.store(inbox + at, value, mask=at < end)
+                        tl.store(inbox + at, value, mask=mask)
             tl.debug_barrier()  # one thread raises the flag, of what all have written
             for rank in tl.static_range(RANKS):
                 if rank != RANK:
@@ -249,23 +292,30 @@ def _flag_kernel(
                 if rank != RANK:
                     _await_flag(_flag(flags, RANK, rank, PROGRAMS), launch, stop, _LOOKS, ON_DEVICE)
             tl.debug_barrier()
-            for start in range(first, end, BLOCK):
-                at = start + tl.arange(0, BLOCK)
+            for start in range(first, end, SPAN):
+                at = start + columns
+                mask = (columns < SPAN) & (at < end)
                 total = tl.zeros([BLOCK], tl.float32)
                 for rank in tl.static_range(RANKS):
                     if rank == RANK:
-                        value = tl.load(values_ptr + at, mask=at < end, other=0.0)
+                        value = tl.load(values_ptr + at, mask=mask, other=0.0)
                     else:
                         inbox = _inbox(inboxes, RANK, launch, rank, inbox_elements, RANKS, dtype)
-                        value = tl.load(inbox + at, mask=at < end, other=0.0, cache_modifier=".cg")
+                        value = tl.load(inbox + at, mask=mask, other=0.0, cache_modifier=".cg")
                     total += value.to(tl.float32)
                 total = total.to(dtype)
                 if ADDS:
-                    before = tl.load(out_ptr + at, mask=at < end, other=0.0)
+                    before = tl.load(out_ptr + at, mask=mask, other=0.0)
                     total = (before.to(tl.float32) + total.to(tl.float32)).to(dtype)
                 if HAS_BIAS:
-                    bias = tl.load(bias_ptr + at % width, mask=at < end, other=0.0)
+                    bias = tl.load(bias_ptr + at % width, mask=mask, other=0.0)
                     total = (total.to(tl.float32) + bias.to(tl.float32)).to(dtype)
-                tl.store(out_ptr + at, total, mask=at < end)
+                tl.store(out_ptr + at, total, mask=mask)
+                if HAS_NORM:
+                    value = total.to(tl.float32)
+                    scale = tl.rsqrt(tl.sum(value * value, 0) / SPAN + eps)
+                    weight = tl.load(norm_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+                    normed = ((value * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+                    tl.store(normed_ptr + at, normed, mask=mask)
     if TAKES:
         tl.store(num_launches + program, launch)
