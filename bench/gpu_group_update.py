@@ -1,0 +1,137 @@
+"""How long a full update takes over a process group of NCCL, from a trainer's GPU to the engine's on the same host.
+
+    python bench/gpu_group_update.py --shape qwen3-8b --packings tensors,buckets --runs 7
+
+    tensors   a broadcast for each, as vLLM's and slime's trainers send them by default
+    buckets   flattened into buckets of `--bucket-mib` first, which is counted too
+
+The trainer is this process, on device 1, and the engine's core one of its own, on device 0. Each figure is from the
+update's begin to its commit's return, in place, by `begin_update`, `stage_from_group` and `commit`: the median of
+`--runs`, after one that is not counted. Afterwards the live weights' digests are compared with those of the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_update import Named, digests_of, tensors_like
+from headrace import Engine
+from headrace.bench.models import write_config
+from headrace.types.messages import JoinGroup
+from headrace.weights.group import store_of
+
+_NAME, _TRAINER, _SECONDS = "bench", 1, 60.0
+
+
+class Trainer:
+    """Rank 0 of a group with the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        from torch._C import _distributed_c10d as c10d
+
+        self._engine, self._thread, self._options = engine, ThreadPoolExecutor(1), c10d.BroadcastOptions()
+        port = _free_port()
+        joined = self._thread.submit(
+            engine.init_weights_update_group, "127.0.0.1", port, 1, 2, _NAME, "nccl", timeout=_SECONDS
+        )
+        store = c10d.TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=_SECONDS), False)
+        part = store_of(store, JoinGroup(0, _NAME, "127.0.0.1", port, 0, 2, "nccl"))
+        options = c10d.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+        self._group = c10d.ProcessGroupNCCL(part, 0, 2, options)  # type: ignore[attr-defined]
+        joined.result()
+
+    def update(self, tensors: Named, buckets: list[Named], version: str) -> float:
+        """Seconds of one. Without buckets each tensor is sent by itself."""
+        manifest = [(name, tuple(tensor.shape), "bfloat16") for name, tensor in tensors]
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        session = self._engine.begin_update(version, manifest, mode="inplace")
+        for part in buckets or [tensors]:
+            names = [name for name, _ in part]
+            packing = "flattened_bucket" if buckets else None
+            staged = self._thread.submit(self._engine.stage_from_group, session, names, _NAME, packing)
+            sent = [torch.cat([each.flatten() for _, each in part])] if buckets else [each for _, each in part]
+            for each in sent:
+                self._group.broadcast([each], self._options)
+            staged.result()
+        self._engine.commit(session)
+        return time.perf_counter() - begin
+
+    def close(self) -> None:
+        self._engine.destroy_weights_update_group(_NAME)
+        self._thread.shutdown()
+
+
+def cut(tensors: Named, num_bytes: int) -> Iterator[Named]:
+    """Buckets of at most so many bytes, or one tensor."""
+    part: Named = []
+    for name, tensor in tensors:
+        if part and sum(each.nbytes for _, each in part) + tensor.nbytes > num_bytes:
+            yield part
+            part = []
+        part.append((name, tensor))
+    yield part
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-8b")
+    parser.add_argument("--packings", default="tensors,buckets")
+    parser.add_argument("--bucket-mib", type=int, default=1024)
+    parser.add_argument("--runs", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.cuda.set_device(_TRAINER)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_config(Path(scratch) / arguments.shape, arguments.shape)
+        engine = Engine(
+            folder, load_format="dummy", skip_tokenizer_init=True, max_running_requests=8, kv_pool_tokens=1 << 15,
+            cuda_graphs=False,
+        )  # fmt: skip
+        try:
+            print(json.dumps(measure(engine, arguments)))
+        finally:
+            engine.shutdown()
+
+
+def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
+    tensors = tensors_like(engine, "cuda")
+    digests = digests_of(tensors)
+    num_bytes = sum(tensor.nbytes for _, tensor in tensors)
+    report: dict[str, Any] = {"shape": arguments.shape, "gigabytes": num_bytes / 1e9}
+    trainer = Trainer(engine)
+    for packing in arguments.packings.split(","):
+        buckets = list(cut(tensors, arguments.bucket_mib << 20)) if packing == "buckets" else []
+        seconds = [trainer.update(tensors, buckets, f"{packing} {run}") for run in range(arguments.runs + 1)]
+        median = statistics.median(seconds[1:])
+        report[packing] = {
+            "first_ms": round(1e3 * seconds[0], 1),
+            "median_ms": round(1e3 * median, 1),
+            "best_ms": round(1e3 * min(seconds[1:]), 1),
+            "gigabytes_per_second": round(num_bytes / median / 1e9, 1),
+        }
+    trainer.close()
+    if engine.digest() != digests:
+        raise SystemExit("what is live is not what was sent")
+    return report
+
+
+if __name__ == "__main__":
+    main()
