@@ -9,6 +9,9 @@ from headrace.config.layer_spec import AttentionSpec, LayerSpec
 from headrace.config.model_spec import ModelSpec
 from headrace.types.errors import ConfigError
 
+VOCABULARY_BLOCK = 4096
+"""Tokens that sampling looks at together."""
+
 
 class PipelineStage(msgspec.Struct, frozen=True):
     """Layers `start` to `end` - 1 of a model. The first stage has the embedding, the last one final norm and head."""
@@ -44,10 +47,17 @@ def share_of(model: ModelSpec, num_ranks: int) -> ModelSpec:
     """
     if num_ranks == 1:
         return model
-    rows = -(-model.vocab_size // num_ranks)
-    if rows * (num_ranks - 1) >= model.vocab_size:
+    if vocabulary_rows(model.vocab_size, num_ranks) * (num_ranks - 1) >= model.vocab_size:
         raise _refusal(model.vocab_size, "tokens of the vocabulary", num_ranks)
     return msgspec.structs.replace(model, layers=tuple(_share_of_layer(layer, num_ranks) for layer in model.layers))
+
+
+def vocabulary_rows(vocab_size: int, num_ranks: int) -> int:
+    """Of the vocabulary on each rank, of which the last may end with padding. Whole blocks, which ranks can sample from
+    apart, where each rank has some of it then; else as many as come out most evenly."""
+    rows = -(-vocab_size // num_ranks)
+    whole = -(-rows // VOCABULARY_BLOCK) * VOCABULARY_BLOCK
+    return whole if num_ranks > 1 and whole * (num_ranks - 1) < vocab_size else rows
 
 
 def _share_of_layer(layer: LayerSpec, num_ranks: int) -> LayerSpec:

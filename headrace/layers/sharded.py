@@ -55,10 +55,10 @@ class ShardedKernels:
         return joined(parts, self._vocab_size)
 
 
-def joined(parts: list[Tensor], vocab_size: int) -> Tensor:
+def joined(parts_NSW: Tensor, vocab_size: int) -> Tensor:
     """Logits [S, V] of what each rank has of the vocabulary, by rank, without the padding that may end the last."""
-    num_before = (len(parts) - 1) * parts[0].shape[1]
-    return torch.cat([*parts[:-1], parts[-1][:, : vocab_size - num_before]], dim=1)
+    *firsts, last_SW = parts_NSW
+    return torch.cat([*firsts, last_SW[:, : vocab_size - len(firsts) * parts_NSW.shape[2]]], dim=1)
 
 
 class ShardedExperts:

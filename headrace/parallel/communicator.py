@@ -39,15 +39,16 @@ class Communicator(Protocol):
 
         All ranks get the same bits. `in_order`: each element is summed by itself, in float32, from rank 0 on, so that
         its bits do not depend on how many tokens there are; for that each partial is sent to every rank. `norm`: what
-        is done with the residual next; its norm is returned where the same launch can compute it, and else None.
+        is done with the residual next; its norm is returned where the same launch can compute it, `in_order` with the
+        bits of a norm by itself, and else None.
         """
 
-    def all_gather(self, values: Tensor) -> list[Tensor]:
-        """Those of every rank, all of one shape (with at least one axis), by rank."""
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Those of every rank, all of one shape (with at least one axis), by rank: [N, ...], contiguous."""
 
-    def exchange(self, values: Tensor) -> list[Tensor]:
+    def exchange(self, values: Tensor) -> Tensor:
         """Of each rank's values, cut along the first axis into as many equal parts as there are ranks, that which is
-        for this one, by rank."""
+        for this one, by rank: [N, ...], contiguous."""
 
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         """The sum, least or greatest over the ranks, in place; all get the same bits."""
@@ -81,11 +82,11 @@ class OnlyRank:
         _add_(residual_TX, partial_TX, bias_X)
         return None
 
-    def all_gather(self, values: Tensor) -> list[Tensor]:
-        return [values]
+    def all_gather(self, values: Tensor) -> Tensor:
+        return values.contiguous()[None]
 
-    def exchange(self, values: Tensor) -> list[Tensor]:
-        return [values]
+    def exchange(self, values: Tensor) -> Tensor:
+        return values.contiguous()[None]
 
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         pass
@@ -140,8 +141,7 @@ class GroupCommunicator:
         in_order: bool = False,
     ) -> Tensor | None:
         if self._peers is not None and self._peers.sums.takes(partial_TX, residual_TX):
-            # Norms of sums by words, by flags and after NCCL's do not have the same bits.
-            return self._peers.sums.sum(partial_TX, residual_TX, bias_X, None if in_order else norm, adds=True)
+            return self._peers.sums.sum(partial_TX, residual_TX, bias_X, norm, adds=True, in_order=in_order)
         if not in_order:
             self.all_reduce_(partial_TX)
             _add_(residual_TX, partial_TX, bias_X)
@@ -153,16 +153,16 @@ class GroupCommunicator:
         _add_(residual_TX, total_TX.to(residual_TX.dtype), bias_X)
         return None
 
-    def all_gather(self, values: Tensor) -> list[Tensor]:
+    def all_gather(self, values: Tensor) -> Tensor:
         found = values.new_empty(self._num_ranks * values.shape[0], *values.shape[1:])
         source = values.contiguous()
         _wait(lambda: self._group._allgather_base(found, source, self._gathering))
-        return list(found.chunk(self._num_ranks)) if len(values) else [values] * self._num_ranks
+        return found.view(self._num_ranks, *values.shape)
 
-    def exchange(self, values: Tensor) -> list[Tensor]:
+    def exchange(self, values: Tensor) -> Tensor:
         source, found = values.contiguous(), torch.empty_like(values)
         _wait(lambda: self._group.alltoall_base(found, source, [], [], self._exchanging))
-        return list(found.chunk(self._num_ranks))
+        return found.view(self._num_ranks, len(values) // self._num_ranks, *values.shape[1:])
 
     def all_reduce_(self, values: Tensor, reduction: Reduction = "sum") -> None:
         if reduction == "sum" and self._peers is not None and self._peers.sums.takes(values, values):

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 RowNorm = tuple[Tensor, float]
 """An RMS norm over rows: weight [X], and what is added to the mean square."""
 
-Gather = Callable[[Tensor], list[Tensor]]
+Gather = Callable[[Tensor], Tensor]
 
 MAX_RANKS = 8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,11 +79,15 @@ class PeerSums:
         norm: RowNorm | None = None,
         *,
         adds: bool,
+        in_order: bool = False,
     ) -> Tensor | None:
-        """As `rank_sums.sum_over_ranks`, enqueued. Returned is the norm of the sum where its launch can compute it."""
+        """As `rank_sums.sum_over_ranks`, enqueued. Returned is the norm of the sum where its launch can compute it;
+        `in_order`: of the same bits as a norm by itself."""
         from headrace.kernels.triton.rank_sums import SumNorm, sum_over_ranks
 
         memory = next(each for each in self._memories if values.nbytes <= each.max_bytes)
+        if norm is not None and in_order:
+            memory = self._memories[-1]
         sum_norm = None
         if norm is not None and memory.norms(len(values)):
             sum_norm = SumNorm(*norm, torch.empty_like(out))

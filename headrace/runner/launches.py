@@ -86,7 +86,9 @@ class Launches:
     def sample(self, num_rows: int, *, truncated: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
         num_ranks = self.mesh.num_ranks
-        if num_ranks > 1 and num_rows >= MIN_SHARED_ROWS * num_ranks and num_rows % num_ranks == 0:
+        if num_ranks > 1 and not truncated and self.sampler.samples_shares(num_ranks):
+            self._sample_by_vocabulary(num_rows)
+        elif num_ranks > 1 and num_rows >= MIN_SHARED_ROWS * num_ranks and num_rows % num_ranks == 0:
             self._sample_share(num_rows // num_ranks, truncated=truncated)
         else:
             self._sample_rows(self.sampled_logits(num_rows), slice(0, num_rows), truncated=truncated)
@@ -97,6 +99,16 @@ class Launches:
         results = buffer.token_ids[rows], buffer.logprobs[rows]
         self.sampler.sample(logits_SV, slots_S, positions_S, *results, truncated=truncated)
 
+    def _sample_by_vocabulary(self, num_rows: int) -> None:
+        """Each rank looks at what it has of all rows' logits, and tells the others a few numbers of each."""
+        views, buffer = self.buffer.views, self.buffer
+        slots_S, positions_S = views.sampled_slots[:num_rows], views.sampled_positions[:num_rows]
+        hidden_SX = self.hidden_TX.index_select(0, views.sampled_tokens[:num_rows])
+        share_SW = self.model.share_of_logits(hidden_SX)
+        found_SBW = self.sampler.walk_share(share_SW, self.mesh.rank, slots_S, positions_S)
+        found_NSBW = self.mesh.communicator.all_gather(found_SBW)
+        self.sampler.sample_shares(found_NSBW, slots_S, buffer.token_ids[:num_rows], buffer.logprobs[:num_rows])
+
     def _sample_share(self, num_own: int, *, truncated: bool) -> None:
         """Each rank samples as many rows, of which it gets the logits of the others' vocabulary: a part of what all
         logits would be."""
@@ -106,7 +118,7 @@ class Launches:
         parts = communicator.exchange(self.model.share_of_logits(hidden_SX))
         self._sample_rows(joined(parts, self.sampler.vocab_size), own, truncated=truncated)
         results = communicator.all_gather(self.buffer.results[:, own])
-        self.buffer.results[:, :num_rows] = torch.cat(results, dim=1)
+        self.buffer.results[:, :num_rows] = torch.cat([*results], dim=1)
         self.sampler.leave_tokens(self.buffer.token_ids[:num_rows], self.buffer.views.sampled_slots[:num_rows])
 
     def sampled_logits(self, num_rows: int) -> Tensor:

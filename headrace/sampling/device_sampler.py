@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.config.shares import vocabulary_rows
 from headrace.kernels.triton.kept_rows import kept_rows, num_words
 from headrace.kernels.triton.logits_processors import (
     NO_COPY,
@@ -33,7 +34,15 @@ from headrace.kernels.triton.logits_processors import (
     mask_rows,
     process_rows,
 )
-from headrace.kernels.triton.sampling_rows import SamplingWorkspace, leave_tokens, sample_rows
+from headrace.kernels.triton.sampling_rows import (
+    BLOCK,
+    SamplingWorkspace,
+    VocabularyShare,
+    leave_tokens,
+    reduce_rows,
+    sample_rows,
+    walk_rows,
+)
 from headrace.kernels.triton.slot_params import NUM_ASKED, NUM_TOP, RECORD_SIZE, TEMPERATURE, write_records
 from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
 from headrace.kernels.triton.top_rows import LIST_SIZES, SampledRows, asked_rows, top_rows
@@ -138,6 +147,25 @@ class DeviceSampler:
             logprobs_S, last, processed,
         )  # fmt: skip
         return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
+
+    def samples_shares(self, num_ranks: int) -> bool:
+        """Whether ranks that share the vocabulary can sample with `walk_share`."""
+        return vocabulary_rows(self.vocab_size, num_ranks) % BLOCK == 0
+
+    def walk_share(self, logits_SW: Tensor, rank: int, slots_S: Tensor, positions_S: Tensor) -> Tensor:
+        """What `sample_shares` needs of this rank's columns of a step's logits, float32 and contiguous, for rows on
+        which only temperatures act. Every rank has as many whole blocks of columns; the last one's may end with
+        padding. Stays until the next step is sampled."""
+        num_rows, width = logits_SW.shape
+        share = VocabularyShare(rank * width, min(width, self.vocab_size - rank * width))
+        partial_SBW = self._workspace.room(num_rows, width)
+        walk_rows(logits_SW, share, slots_S, positions_S, self.slot_params, self.slot_seeds, None, partial_SBW)
+        return partial_SBW
+
+    def sample_shares(self, partial_NSBW: Tensor, slots_S: Tensor, tokens_S: Tensor, logprobs_S: Tensor) -> None:
+        """As `sample`, of what `walk_share` left on each rank."""
+        norms_R2 = self._workspace.norms_R2
+        reduce_rows(partial_NSBW, slots_S, self.slot_params, norms_R2, tokens_S, logprobs_S, self.last_tokens)
 
     def leave_tokens(self, tokens_S: Tensor, slots_S: Tensor) -> None:
         """What was sampled elsewhere is what these slots sampled last, but for slots of -1."""

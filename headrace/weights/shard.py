@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from headrace.config.shares import vocabulary_rows
 from headrace.types.errors import UnsupportedModelError
 from headrace.weights.boxes import Box
 
@@ -48,8 +49,9 @@ class Shard(msgspec.Struct, frozen=True):
         return max(1, self.num_ranks // num_units)
 
     def padded_rows(self, shape: tuple[int, ...]) -> tuple[Box, tuple[Box, ...]]:
-        """A share of the rows, and the box of padding, if any, that makes it as large as every other rank's."""
-        share = -(-shape[0] // self.num_ranks)
+        """A share of the vocabulary's rows, and the box of padding, if any, that makes it as large as every other
+        rank's."""
+        share = vocabulary_rows(shape[0], self.num_ranks)
         size = min(share, shape[0] - self.rank * share)
         if size <= 0:
             raise UnsupportedModelError(f"{shape[0]} rows do not split over {self.num_ranks} ranks")

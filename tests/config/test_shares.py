@@ -10,6 +10,7 @@ import pytest
 from headrace import models
 from headrace.config import ModelSpec, share_of, stages_of
 from headrace.config.layer_spec import ExpertsSpec
+from headrace.config.shares import vocabulary_rows
 from headrace.types.errors import ConfigError
 from headrace.weights import Shard
 from headrace.weights.weight_map import prove_mesh
@@ -58,6 +59,19 @@ def test_what_does_not_split_is_refused_by_name(fields: dict[str, Any], num_rank
     assert caught.value.field == "tp_size"
 
 
+def test_the_vocabulary_is_shared_in_whole_blocks_where_all_ranks_have_some_of_it() -> None:
+    assert vocabulary_rows(151_936, 1) == 151_936
+    assert vocabulary_rows(151_936, 2) == 19 * 4096
+    assert vocabulary_rows(151_936, 8) == 5 * 4096
+    assert vocabulary_rows(50_257, 8) == -(-50_257 // 8), "7 times 8,192 are more"
+    assert vocabulary_rows(4097, 2) == 4096
+    assert vocabulary_rows(4096, 2) == 2048
+    for num_ranks in range(2, 9):
+        for vocab_size in range(num_ranks * num_ranks, 70_000, 379):
+            rows = vocabulary_rows(vocab_size, num_ranks)
+            assert rows * (num_ranks - 1) < vocab_size <= rows * num_ranks
+
+
 def test_shares_fit_the_weights_of_all_ranks() -> None:
     """Whatever the sizes: either the refusal, or shards that cover every tensor and have the sizes of the share."""
     chance, num_split = random.Random(0), 0
@@ -67,7 +81,7 @@ def test_shares_fit_the_weights_of_all_ranks() -> None:
             "num_key_value_heads": num_kv_heads,
             "num_attention_heads": num_kv_heads * chance.choice((1, 2, 4, 8)),
             "intermediate_size": chance.choice((24, 48, 56)),
-            "vocab_size": chance.randint(1, 120),
+            "vocab_size": chance.randint(1, chance.choice((120, 60_000))),
             "tie_word_embeddings": chance.random() < 0.5,
             "attention_bias": chance.random() < 0.5,
         }
@@ -87,7 +101,7 @@ def test_shares_fit_the_weights_of_all_ranks() -> None:
             shapes = {name: each.shape for name, each in table.params.items()}
             assert shapes["layers.0.qkv.weight"] == (qkv, 16)
             assert shapes[f"layers.0.{block}.weight"][-1] == width
-            assert shapes["embed"][0] == -(-spec.vocab_size // num_ranks)
+            assert shapes["embed"][0] == vocabulary_rows(spec.vocab_size, num_ranks)
     assert num_split > 60
 
 

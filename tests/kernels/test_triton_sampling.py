@@ -11,7 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.sampling_rows import SamplingWorkspace, noise_words, philox_keys, sample_rows
+from headrace.kernels.triton.sampling_rows import (
+    BLOCK,
+    PARTIAL_WORDS,
+    SamplingWorkspace,
+    VocabularyShare,
+    noise_words,
+    philox_keys,
+    reduce_rows,
+    sample_rows,
+    walk_rows,
+)
 from headrace.kernels.triton.slot_params import NUM_PARAMS, seed_words
 from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
 from headrace.sampling import noise
@@ -91,6 +101,46 @@ def test_tokens_and_logprobs_of_every_mode() -> None:
         assert int(tokens[at]) == int(scores.argmax()) == int(last[slot])
         expected = 0.0 if mode == 2 else log_softmax(values[slot] / np.float32(divisor))[int(tokens[at])]
         assert abs(float(logprobs[at]) - expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, which interprets it, tells of NaN
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_ranks_that_have_whole_blocks_each_find_what_one_does(num_blocks: int) -> None:
+    """To the bit, also of rows with ties over ranks, with NaN, with nothing on a rank; padding counts nowhere."""
+    values = logits(7, 11)
+    values[1, [3, BLOCK + 3, VOCAB - 1]] = 50.0
+    values[2, : 2 * BLOCK] = -np.inf
+    values[3, 9] = np.nan
+    values[5] = -np.inf
+    values[6, BLOCK:] = -np.inf
+    table = params(
+        *((1.0, 1.0, 0, 0, 1.0, 0.0), (0.0, 1.0, 0, 0, 1.0, 0.0), (0.7, 0.7, 1, 0, 1.0, 0.0)),
+        *((1.0, 1.0, 0, 0, 1.0, 0.0), (0.0, 1.0, 2, 0, 1.0, 0.0), (1.0, 1.0, 0, 0, 1.0, 0.0)),
+        *((3.0, 1.0, 0, 0, 1.0, 0.0),),
+    )
+    slots, positions = (on_device(np.arange(7, dtype=np.int32)) for _ in range(2))
+    seeds = on_device(seed_words(np.arange(7, dtype=np.uint64)))
+    workspace = SamplingWorkspace.make(7, VOCAB, DEVICE)
+    expected = torch.zeros(7, dtype=torch.int32, device=DEVICE), torch.zeros(7, device=DEVICE)
+    last, no_last = torch.zeros(7, dtype=torch.int32, device=DEVICE), None
+    sample_rows(on_device(values), slots, positions, table, seeds, None, workspace, *expected, no_last)
+    norms = workspace.norms_R2.clone()
+    width = num_blocks * BLOCK
+    parts = []
+    for first in range(0, VOCAB, width):
+        num_tokens = min(width, VOCAB - first)
+        share = np.full((7, width), 99.0, np.float32)
+        share[:, :num_tokens] = values[:, first : first + num_tokens]
+        parts.append(torch.full((7, num_blocks, PARTIAL_WORDS.value), torch.nan, device=DEVICE))
+        columns = VocabularyShare(first, num_tokens)
+        walk_rows(on_device(share), columns, slots, positions, table, seeds, None, parts[-1])
+    tokens, logprobs = torch.full_like(expected[0], -1), torch.zeros(7, device=DEVICE)
+    reduce_rows(torch.stack(parts), slots, table, workspace.norms_R2, tokens, logprobs, last)
+    assert torch.equal(tokens, expected[0]) and torch.equal(tokens, last)
+    assert torch.equal(logprobs.view(torch.int32), expected[1].view(torch.int32))
+    assert torch.equal(workspace.norms_R2.view(torch.int32), norms.view(torch.int32))
+    assert int(tokens[1]) == 3 and int(tokens[2]) >= 2 * BLOCK and int(tokens[6]) < BLOCK
+    assert logprobs[[3, 5]].isnan().all() and not logprobs[[0, 1, 2, 4, 6]].isnan().any()
 
 
 CASES = [

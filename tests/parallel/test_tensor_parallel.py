@@ -139,11 +139,15 @@ def test_the_build_for_a_device_does_too(pool: RankPool, tmp_path: Path, numeric
     check_ranks(pool.run(2, "generate", **arguments, lengths=[5, 1]), expected)
 
 
+@pytest.mark.parametrize("vocab_size", [101, 4200])
 @pytest.mark.parametrize("top_k", [-1, 5])
-def test_ranks_that_sample_their_share_of_the_rows_know_all_tokens(pool: RankPool, tmp_path: Path, top_k: int) -> None:
-    """The vocabulary does not divide, one row is padding; the next step begins with what others have sampled. As many
-    products are counted as in steps of fewer rows, which are not shared."""
-    folder = save_model(make_model("llama", **NARROW), tmp_path)
+def test_ranks_that_sample_their_share_know_all_tokens(
+    pool: RankPool, tmp_path: Path, top_k: int, vocab_size: int
+) -> None:
+    """Their share of the rows, or of a vocabulary of which the first has a whole block; it does not divide, and the
+    last rows are padding. The next step begins with what others have sampled. As many products are counted as in steps
+    that are not shared."""
+    folder = save_model(make_model("llama", **NARROW, vocab_size=vocab_size), tmp_path)
     settings = {"attention_backend": "triton", "max_num_batched_tokens": 12, "max_running_requests": 4}
     arguments = {"folder": str(folder), "settings": settings, "num_rows": 3, "top_k": top_k}
     (expected,) = pool.run(1, "sample_in_shares", **arguments)

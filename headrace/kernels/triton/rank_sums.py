@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.dependent_launch import launch_options, take_turn
+from headrace.kernels.triton.row_operations import norm_warps, normed_row
 
 BLOCK = 4096
 """Elements that a program takes at once."""
@@ -64,7 +65,8 @@ class RankMemory:
 
 
 class SumNorm(NamedTuple):
-    """`out_TX` = the RMS norm of the sum: weight [X], and what is added to the mean square."""
+    """`out_TX` = the RMS norm of the sum: weight [X], and what is added to the mean square. Of sums that end with
+    a flag it has the bits of `row_operations.rms_norm`; by words the squares are added in another order."""
 
     weight_X: Tensor
     eps: float
@@ -108,10 +110,11 @@ def sum_over_ranks(
         )  # fmt: skip
         return
     span = BLOCK if norm is None else width
+    block = triton.next_power_of_2(span)
     _flag_kernel[(num_blocks,)](
         values, *outputs, memory.inboxes, memory.flags, memory.num_launches, memory.stop, values.numel(), width,
         memory.inbox_bytes // size, PROGRAMS=num_blocks, ON_DEVICE=values.is_cuda, SPAN=span,
-        BLOCK=triton.next_power_of_2(span), num_warps=_WARPS, **common,
+        BLOCK=block, num_warps=_WARPS if norm is None else norm_warps(block), **common,
     )  # fmt: skip
 
 
@@ -312,10 +315,7 @@ def _flag_kernel(
                     total = (total.to(tl.float32) + bias.to(tl.float32)).to(dtype)
                 tl.store(out_ptr + at, total, mask=mask)
                 if HAS_NORM:
-                    value = total.to(tl.float32)
-                    scale = tl.rsqrt(tl.sum(value * value, 0) / SPAN + eps)
                     weight = tl.load(norm_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-                    normed = ((value * scale).to(dtype).to(tl.float32) * weight).to(dtype)
-                    tl.store(normed_ptr + at, normed, mask=mask)
+                    tl.store(normed_ptr + at, normed_row(total.to(tl.float32), weight, eps, SPAN, dtype), mask=mask)
     if TAKES:
         tl.store(num_launches + program, launch)

@@ -21,6 +21,18 @@ from headrace.kernels.triton.float8 import as_bytes, to_float8_bytes
 
 
 @triton.jit
+def normed_row(value, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """The norm of a row, all of it float32 and 0 beyond the width, rounded as it is stored."""
+    scale = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    return ((value * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+
+
+def norm_warps(block: int) -> int:
+    """Of a program that norms a row in a block: as many, and the sum of squares has the same bits."""
+    return max(1, min(8, block // 512))
+
+
+@triton.jit
 def _norm_kernel(
     x_ptr, weight_ptr, out_ptr, x_stride, out_stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -32,9 +44,7 @@ def _norm_kernel(
     dtype = out_ptr.dtype.element_ty
     value = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
-    normed = (value * scale).to(dtype).to(tl.float32) * weight
-    tl.store(out_ptr + row * out_stride + columns, normed.to(dtype), mask=mask)
+    tl.store(out_ptr + row * out_stride + columns, normed_row(value, weight, eps, WIDTH, dtype), mask=mask)
 
 
 def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, pdl: bool = False) -> None:
@@ -43,7 +53,7 @@ def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float, out_TX: Tensor, *, pdl:
     block = triton.next_power_of_2(width)
     _norm_kernel[(num_rows,)](
         x_TX, weight_X, out_TX, x_TX.stride(0), out_TX.stride(0), eps,
-        WIDTH=width, BLOCK=block, PDL=pdl, num_warps=max(1, min(8, block // 512)), **launch_options(pdl),
+        WIDTH=width, BLOCK=block, PDL=pdl, num_warps=norm_warps(block), **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 Owns the two kernels of that pass. The vocabulary is cut into blocks at fixed columns: the first kernel leaves per block
 the greatest logit, the sum of exponentials and the best candidate, the second reduces a row's blocks in order. A row's
 result is a function of that row alone, whatever the batch. The greatest logit of each block and the normaliser of each
-row stay in the workspace, where `top_rows` finds them.
+row stay in the workspace, where `top_rows` finds them. Ranks that share the vocabulary in whole blocks walk each their
+own, and all reduce what all have found: the same bits as of whole rows.
 
 Two rows of logits are told apart: the token is *drawn* from what logits processors left (`drawn`), its log-probability
 may be *stated* of that or of the model's (`stated`). Without processors they are the same memory, read once.
@@ -12,27 +13,31 @@ Noise words are those of `headrace.sampling.noise`, bit for bit, keyed on the de
 and sums are float32, where the CPU's are float64: two tokens whose scores lie within about 1e-6 of each other may
 change places. Sources: Philox, Salmon et al. (SC 2011); lowbias32, Chris Wellons (public domain).
 
-Legend: S rows, V vocabulary, B blocks of a row.
+Legend: S rows, V vocabulary, B blocks of a row, N ranks.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.config.shares import VOCABULARY_BLOCK
 from headrace.kernels.triton.fast_math import fast_exp, fast_log2, fast_reciprocal
 from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy, stated_row
 from headrace.kernels.triton.slot_params import DIVISOR, LOGPROBS_OF, OF_POINT, OF_SAMPLED, TEMPERATURE, load_param
 
-_GREATEST, _TOTAL, _SCORE, _BASE = (tl.constexpr(word) for word in range(4))  # what the first kernel leaves of a block
+_GREATEST, _TOTAL, _SCORE, _BASE, _LOGIT, _TOKEN = (tl.constexpr(word) for word in range(6))
+"""What the first kernel leaves of a block: the token as an int32's bits, and what is stated of it."""
+PARTIAL_WORDS = tl.constexpr(6)
 _SLACK = tl.constexpr(1.0 - 1e-5)  # what the rounding of a bound and of a score can come to
 _LANES = 512  # columns at a time
-BLOCK = 4096
+BLOCK = VOCABULARY_BLOCK
 """Columns per first-stage program: fixed, so that sums never depend on the batch."""
 
 
@@ -89,15 +94,15 @@ def _exponential(words):
 
 
 @triton.jit
-def _best_of_lanes(scores, tokens, VOCAB: tl.constexpr):
-    """The greatest score and its token, the lowest among equals."""
+def _best_of_lanes(scores, columns, LIMIT: tl.constexpr):
+    """The greatest score and its column, the lowest among equals."""
     best = tl.max(scores, 0)
-    return best, tl.min(tl.where(scores == best, tokens, VOCAB - 1), 0)
+    return best, tl.min(tl.where(scores == best, columns, LIMIT - 1), 0)
 
 
 @triton.jit
 def _greatest_logits(
-    stated_ptr, drawn_ptr, first, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    stated_ptr, drawn_ptr, first, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
     HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
     """The block's greatest logit of both rows."""
@@ -105,10 +110,10 @@ def _greatest_logits(
     stated = tl.full([LANES], float("-inf"), tl.float32)
     drawn = stated
     for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
-        tokens = first + start + lanes
-        stated = tl.maximum(stated, load_logits(stated_ptr, tokens, VOCAB))
+        columns = first + start + lanes
+        stated = tl.maximum(stated, load_logits(stated_ptr, columns, LIMIT))
         if HAS_COPIES:
-            drawn = tl.maximum(drawn, load_logits(drawn_ptr, tokens, VOCAB))
+            drawn = tl.maximum(drawn, load_logits(drawn_ptr, columns, LIMIT))
     greatest = tl.max(stated, 0)
     drawn_greatest = greatest
     if HAS_COPIES:
@@ -119,11 +124,11 @@ def _greatest_logits(
 @triton.jit
 def _weigh_and_score(
     stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
-    threshold, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
-    HAS_COPIES: tl.constexpr,
+    threshold, FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    HAS_THRESHOLDS: tl.constexpr, HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
     """Per lane [LANES]: the sum of exp((l - base) / divisor) of what is stated; of what is drawn the best score, the
-    second best, and the best one's token. At T = 0 a score is the logit; else an upper bound of exp((l - base) / T) / E
+    second best, and the best one's column. At T = 0 a score is the logit; else an upper bound of exp((l - base) / T) / E
     with E the token's exponential noise: the greatest of those is the Gumbel-max winner, as it is the greatest
     l / T - log(E). With v uniform and E = -log1p(-v) >= v, exp(...) / v is such a bound, and needs no logarithm."""
     lanes = tl.arange(0, LANES)
@@ -132,13 +137,13 @@ def _weigh_and_score(
     seconds = bests
     winners = tl.full([LANES], -1, tl.int32)
     for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
-        tokens = first + start + lanes
-        stated = load_logits(stated_ptr, tokens, VOCAB)
+        columns = first + start + lanes
+        stated = load_logits(stated_ptr, columns, LIMIT)
         weights = fast_exp((stated - base) * (1.0 / divisor))
         sums += tl.where(stated < stated_threshold, 0.0, weights)  # NaN stays NaN
         logits = stated
         if HAS_COPIES:
-            logits = load_logits(drawn_ptr, tokens, VOCAB)
+            logits = load_logits(drawn_ptr, columns, LIMIT)
         scores = logits
         if temperature > 0.0:
             if HAS_COPIES:
@@ -146,44 +151,46 @@ def _weigh_and_score(
             else:
                 if temperature != divisor:
                     weights = fast_exp((logits - drawn_base) * inverse)
-            scores = weights * fast_reciprocal(_uniform(noise_words(tokens, key0, key1)))
+            words = noise_words(FIRST + columns, key0, key1)
+            scores = weights * fast_reciprocal(_uniform(words))
         if HAS_THRESHOLDS:
             scores = tl.where(logits >= threshold, scores, float("-inf"))
         is_better = scores > bests
         seconds = tl.maximum(seconds, tl.where(is_better, bests, scores))
-        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
+        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, columns, winners)
     return tl.sum(sums, 0), bests, seconds, winners
 
 
 @triton.jit
 def _score_exactly(
-    drawn_ptr, first, base, inverse, key0, key1, threshold,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
+    drawn_ptr, first, base, inverse, key0, key1, threshold, FIRST: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
 ):  # fmt: skip
-    """The block's best score and its token, every score exact."""
+    """The block's best score and its column, every score exact."""
     lanes = tl.arange(0, LANES)
     bests = tl.full([LANES], float("-inf"), tl.float32)
     winners = tl.full([LANES], -1, tl.int32)
     for start in tl.range(0, BLOCK_V, LANES):
-        tokens = first + start + lanes
-        logits = load_logits(drawn_ptr, tokens, VOCAB)
-        words = noise_words(tokens, key0, key1)
+        columns = first + start + lanes
+        logits = load_logits(drawn_ptr, columns, LIMIT)
+        words = noise_words(FIRST + columns, key0, key1)
         scores = fast_exp((logits - base) * inverse) * fast_reciprocal(_exponential(words))
         if HAS_THRESHOLDS:
             scores = tl.where(logits >= threshold, scores, float("-inf"))
         is_better = scores > bests
-        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, tokens, winners)
-    return _best_of_lanes(bests, winners, VOCAB)
+        bests, winners = tl.where(is_better, scores, bests), tl.where(is_better, columns, winners)
+    return _best_of_lanes(bests, winners, LIMIT)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "copy_of_ptr"])
 def _blocks_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, thresholds_ptr, partial_ptr,
-    ids_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, HAS_THRESHOLDS: tl.constexpr,
-    HAS_COPIES: tl.constexpr,
+    VOCAB: tl.constexpr, FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    HAS_THRESHOLDS: tl.constexpr, HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
     """One (block, row), LANES columns at a time, so that little is held at once. The block is walked twice: for its
-    greatest logit, then for everything relative to that; a third time where the bounds do not tell who won."""
+    greatest logit, then for everything relative to that; a third time where the bounds do not tell who won. Column 0 is
+    token FIRST, and from LIMIT on there are none."""
     block = tl.program_id(0)
     row = tl.program_id(1)
     slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
@@ -203,41 +210,45 @@ def _blocks_kernel(
     stated_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, HAS_COPIES)
     first = block * BLOCK_V
 
-    greatest, drawn_greatest = _greatest_logits(stated_ptr, drawn_ptr, first, VOCAB, BLOCK_V, LANES, HAS_COPIES)
+    greatest, drawn_greatest = _greatest_logits(stated_ptr, drawn_ptr, first, LIMIT, BLOCK_V, LANES, HAS_COPIES)
     base = tl.where(greatest == float("-inf"), 0.0, greatest)
     drawn_base = tl.where(drawn_greatest == float("-inf"), 0.0, drawn_greatest)
     inverse = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
     total, bests, seconds, winners = _weigh_and_score(
         stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
-        threshold, VOCAB, BLOCK_V, LANES, HAS_THRESHOLDS, HAS_COPIES,
+        threshold, FIRST, LIMIT, BLOCK_V, LANES, HAS_THRESHOLDS, HAS_COPIES,
     )  # fmt: skip
-    best, token = _best_of_lanes(bests, winners, VOCAB)
+    best, column = _best_of_lanes(bests, winners, LIMIT)
     if temperature > 0.0:
-        rival = tl.max(tl.where(winners == token, seconds, bests), 0)
-        word = noise_words(token, key0, key1)
+        rival = tl.max(tl.where(winners == column, seconds, bests), 0)
+        word = noise_words(FIRST + column, key0, key1)
         best *= _uniform(word) * fast_reciprocal(_exponential(word))  # from its bound to its score
         if rival >= best * _SLACK:  # rarely: another's bound reaches the best score
-            best, token = _score_exactly(
-                drawn_ptr, first, drawn_base, inverse, key0, key1, threshold, VOCAB, BLOCK_V, LANES, HAS_THRESHOLDS
-            )
+            best, column = _score_exactly(
+                drawn_ptr, first, drawn_base, inverse, key0, key1, threshold, FIRST, LIMIT, BLOCK_V, LANES,
+                HAS_THRESHOLDS,
+            )  # fmt: skip
         best = tl.where(best > 0.0, tl.log(tl.maximum(best, 1e-37)), float("-inf"))
-    index = row * tl.cdiv(VOCAB, BLOCK_V) + block
-    tl.store(partial_ptr + 4 * index + _GREATEST, greatest)
-    tl.store(partial_ptr + 4 * index + _TOTAL, total)
-    tl.store(partial_ptr + 4 * index + _SCORE, best)
-    tl.store(partial_ptr + 4 * index + _BASE, drawn_base)
-    tl.store(ids_ptr + index, tl.maximum(token, first))  # some token, should all be NaN
+    column = tl.minimum(tl.maximum(column, first), LIMIT - 1)  # some token, should all be NaN
+    partial_ptr += PARTIAL_WORDS * (row * tl.cdiv(VOCAB, BLOCK_V) + block)
+    tl.store(partial_ptr + _GREATEST, greatest)
+    tl.store(partial_ptr + _TOTAL, total)
+    tl.store(partial_ptr + _SCORE, best)
+    tl.store(partial_ptr + _BASE, drawn_base)
+    tl.store(partial_ptr + _LOGIT, tl.load(stated_ptr + column).to(tl.float32))
+    tl.store(partial_ptr + _TOKEN, (FIRST + column).to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr", "tokens_ptr", "logprobs_ptr", "last_ptr"])
 def _reduce_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, partial_ptr, ids_ptr, norms_ptr, tokens_ptr,
-    logprobs_ptr, last_ptr, VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_LAST: tl.constexpr, HAS_COPIES: tl.constexpr,
+    copy_of_ptr, params_ptr, slots_ptr, partial_ptr, norms_ptr, tokens_ptr, logprobs_ptr, last_ptr,
+    SHARE_BLOCKS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, HAS_LAST: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
-    """One row: the best of its blocks' candidates, and what log-probabilities are reckoned with."""
+    """One row: the best of its blocks' candidates, and what log-probabilities are reckoned with. Each rank's
+    SHARE_BLOCKS of all rows lie together."""
     row = tl.program_id(0)
-    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
+    slot, _ = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
     if slot < 0:
         return
     temperature = load_param(params_ptr, slot, TEMPERATURE)
@@ -245,7 +256,8 @@ def _reduce_kernel(
     logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
     blocks = tl.arange(0, BLOCKS)
     mask = blocks < NUM_BLOCKS
-    source = partial_ptr + (row * NUM_BLOCKS + blocks) * 4
+    share_rows = blocks // SHARE_BLOCKS * tl.num_programs(0) + row
+    source = partial_ptr + (share_rows * SHARE_BLOCKS + blocks % SHARE_BLOCKS) * PARTIAL_WORDS
     greatest = tl.load(source + _GREATEST, mask=mask, other=float("-inf"))
     totals = tl.load(source + _TOTAL, mask=mask, other=0.0)
     scores = tl.load(source + _SCORE, mask=mask, other=float("-inf"))
@@ -256,11 +268,13 @@ def _reduce_kernel(
         highest = tl.max(tl.where(is_score, bases, float("-inf")), 0)
         scores = tl.where(is_score, (bases - highest) * (1.0 / temperature) + scores, float("-inf"))
     _, winner = tl.max(scores, 0, return_indices=True)
-    token = tl.load(ids_ptr + row * NUM_BLOCKS + tl.minimum(winner, NUM_BLOCKS - 1))
+    is_winner = blocks == tl.minimum(winner, NUM_BLOCKS - 1)
+    logit = tl.sum(tl.where(is_winner, tl.load(source + _LOGIT, mask=mask, other=0.0), 0.0), 0)
+    tokens = tl.load(source + _TOKEN, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    token = tl.sum(tl.where(is_winner, tokens, 0), 0)
     top = tl.max(greatest, 0)
     log_total = tl.log(tl.sum(tl.where(totals == 0.0, 0.0, totals * tl.exp((greatest - top) * inverse)), 0))
-    row_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, HAS_COPIES)
-    logprob = (tl.load(row_ptr + token).to(tl.float32) - top) * inverse - log_total
+    logprob = (logit - top) * inverse - log_total
     is_point = logprobs_of == OF_POINT
     zero = log_total - log_total  # NaN for a row that is not finite, whatever it is asked for
     tl.store(norms_ptr + 2 * row, tl.where(is_point, 0.0, top))
@@ -287,15 +301,14 @@ def leave_tokens(tokens_S: Tensor, slots_S: Tensor, last_tokens: Tensor) -> None
 class SamplingWorkspace:
     """Results of one pass over at most `max_rows` rows [R], in B blocks each.
 
-    partial_RB4   float32; word 0 is the greatest logit of the block, of what the log-probability is of
-    ids_RB        int32, the best token of the block
+    partial_RBW   float32 [R, B, PARTIAL_WORDS]; word 0 is the greatest logit of the block, of what the log-probability
+                  is of
     norms_R2      float32 (top, log_total): a logit x has log-probability (x - top) / divisor - log_total; 0, 0 where
                   all of the probability is on the token itself; a row with NaN or +inf, or all -inf, has a log_total
                   that makes every one NaN
     """
 
-    partial_RB4: Tensor
-    ids_RB: Tensor
+    partial_RBW: Tensor
     norms_R2: Tensor
 
     @classmethod
@@ -303,10 +316,67 @@ class SamplingWorkspace:
         """Allocate for `max_rows` rows of `vocab_size` logits."""
         num_blocks = triton.cdiv(vocab_size, BLOCK)
         return cls(
-            torch.empty(max_rows, num_blocks, 4, dtype=torch.float32, device=device),
-            torch.empty(max_rows, num_blocks, dtype=torch.int32, device=device),
+            torch.empty(max_rows, num_blocks, PARTIAL_WORDS.value, dtype=torch.float32, device=device),
             torch.empty(max_rows, 2, dtype=torch.float32, device=device),
         )
+
+    def room(self, num_rows: int, num_columns: int) -> Tensor:
+        """For what `walk_rows` leaves of these rows: [S, B, PARTIAL_WORDS]."""
+        num_blocks, words = triton.cdiv(num_columns, BLOCK), PARTIAL_WORDS.value
+        return self.partial_RBW.view(-1)[: num_rows * num_blocks * words].view(num_rows, num_blocks, words)
+
+
+class VocabularyShare(NamedTuple):
+    """What the columns of logits are: so many tokens from `first` on; columns beyond those are padding."""
+
+    first: int
+    num_tokens: int
+
+
+def walk_rows(
+    logits_SV: Tensor,
+    share: VocabularyShare,
+    slots_S: Tensor,
+    positions_S: Tensor,
+    slot_params: Tensor,
+    slot_seeds: Tensor,
+    thresholds_S: Tensor | None,
+    partial_SBW: Tensor,
+    processed: ProcessedRows | None = None,
+) -> None:
+    """Leave what `reduce_rows` needs of these columns of a step's logits, of which `share` begins with a block; the
+    rest as in `sample_rows`."""
+    assert logits_SV.is_contiguous() and share.first % BLOCK == 0
+    num_rows, num_columns = logits_SV.shape
+    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_CV, processed.copy_of_S)
+    _blocks_kernel[(partial_SBW.shape[1], num_rows)](
+        logits_SV, copies, copy_of, slot_params, slots_S, slot_seeds, positions_S,
+        slot_params if thresholds_S is None else thresholds_S, partial_SBW, VOCAB=num_columns, FIRST=share.first,
+        LIMIT=share.num_tokens, BLOCK_V=BLOCK, LANES=_LANES, HAS_THRESHOLDS=thresholds_S is not None,
+        HAS_COPIES=processed is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def reduce_rows(
+    partial_NSBW: Tensor,
+    slots_S: Tensor,
+    slot_params: Tensor,
+    norms_R2: Tensor,
+    tokens_S: Tensor,
+    logprobs_S: Tensor,
+    last_tokens: Tensor | None,
+    processed: ProcessedRows | None = None,
+) -> None:
+    """As `sample_rows`, of what `walk_rows` left of each rank's columns, by rank: contiguous."""
+    assert partial_NSBW.is_contiguous()
+    num_shares, num_rows, share_blocks, _ = partial_NSBW.shape
+    num_blocks = num_shares * share_blocks
+    _reduce_kernel[(num_rows,)](
+        slots_S if processed is None else processed.copy_of_S, slot_params, slots_S, partial_NSBW, norms_R2, tokens_S,
+        logprobs_S, tokens_S if last_tokens is None else last_tokens, SHARE_BLOCKS=share_blocks,
+        NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks), HAS_LAST=last_tokens is not None,
+        HAS_COPIES=processed is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def sample_rows(
@@ -334,19 +404,10 @@ def sample_rows(
     processed     rows to draw from processed copies instead (logits are float32 then); log-probabilities of the model
                   stay those of logits_SV
     """
-    assert logits_SV.is_contiguous()
     num_rows, vocab_size = logits_SV.shape
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
-    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_CV, processed.copy_of_S)
-    _blocks_kernel[(num_blocks, num_rows)](
-        logits_SV, copies, copy_of, slot_params, slots_S, slot_seeds, positions_S,
-        slot_params if thresholds_S is None else thresholds_S, workspace.partial_RB4, workspace.ids_RB,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, LANES=_LANES, HAS_THRESHOLDS=thresholds_S is not None,
-        HAS_COPIES=processed is not None, num_warps=4,
+    partial_SBW, whole = workspace.room(num_rows, vocab_size), VocabularyShare(0, vocab_size)
+    walk_rows(
+        logits_SV, whole, slots_S, positions_S, slot_params, slot_seeds, thresholds_S, partial_SBW, processed
     )  # fmt: skip
-    _reduce_kernel[(num_rows,)](
-        logits_SV, copies, copy_of, slot_params, slots_S, workspace.partial_RB4, workspace.ids_RB, workspace.norms_R2,
-        tokens_S, logprobs_S, tokens_S if last_tokens is None else last_tokens,
-        VOCAB=vocab_size, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        HAS_LAST=last_tokens is not None, HAS_COPIES=processed is not None, num_warps=1,
-    )  # fmt: skip
+    results = workspace.norms_R2, tokens_S, logprobs_S, last_tokens
+    reduce_rows(partial_SBW[None], slots_S, slot_params, *results, processed)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.logits_processors import ProcessedRows, stated_row
-from headrace.kernels.triton.sampling_rows import BLOCK, SamplingWorkspace
+from headrace.kernels.triton.sampling_rows import BLOCK, PARTIAL_WORDS, SamplingWorkspace
 from headrace.kernels.triton.slot_params import (
     DIVISOR,
     LOGPROBS_OF,
@@ -113,7 +113,8 @@ def _top_kernel(
     is_point = logprobs_of == OF_POINT
     token = tl.load(tokens_ptr + row)
     blocks = tl.arange(0, BLOCKS)
-    greatest = tl.load(partial_ptr + (row * NUM_BLOCKS + blocks) * 4, mask=blocks < NUM_BLOCKS, other=float("-inf"))
+    words = (row * NUM_BLOCKS + blocks) * PARTIAL_WORDS
+    greatest = tl.load(partial_ptr + words, mask=blocks < NUM_BLOCKS, other=float("-inf"))
     greatest = tl.where(is_point, tl.where(blocks == token // BLOCK_V, 0.0, float("-inf")), greatest)
     greatest = tl.where(greatest >= threshold, greatest, float("-inf"))
     bounds = tl.where(blocks < NUM_BLOCKS, _pack(greatest, blocks * BLOCK_V), _LOWEST)  # nothing in a block is greater
@@ -202,7 +203,7 @@ def top_rows(rows: SampledRows, out_SW: Tensor, most: int) -> None:
     num_rows, vocab_size = rows.logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     _top_kernel[(num_rows,)](
-        *tensors, rows.workspace.partial_RB4, rows.workspace.norms_R2, out_SW, *flags, out_SW.stride(0), most,
+        *tensors, rows.workspace.partial_RBW, rows.workspace.norms_R2, out_SW, *flags, out_SW.stride(0), most,
         VOCAB=vocab_size, BLOCK_V=BLOCK, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
         LIST=next(size for size in LIST_SIZES if size >= most), num_warps=8,
     )  # fmt: skip
