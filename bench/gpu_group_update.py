@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
-    torch.cuda.set_device(_TRAINER)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_config(Path(scratch) / arguments.shape, arguments.shape)
         engine = Engine(
@@ -112,6 +111,7 @@ def main() -> None:
 
 
 def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.cuda.set_device(_TRAINER)  # the engine would have taken it too
     tensors = tensors_like(engine, "cuda")
     digests = digests_of(tensors)
     num_bytes = sum(tensor.nbytes for _, tensor in tensors)

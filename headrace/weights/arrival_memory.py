@@ -1,5 +1,5 @@
-"""The memory in which tensors of a weight group arrive. Owns how much of it there is at once: MAX_AHEAD_BYTES, or one
-buffer where a single broadcast is larger. Knows neither groups nor tensors.
+"""The memory in which tensors of a weight group arrive. Owns how much of it there is at once: MAX_AHEAD_BYTES, more of
+a device, or one buffer where a single broadcast is larger. Knows neither groups nor tensors.
 
 A receiver is not told how many bytes came: gloo takes fewer than it waits for without a word, and ends the process
 where they are more. So the last bytes are marked before a broadcast, and where nobody is passed on to, a broadcast may
@@ -19,6 +19,7 @@ import torch
 from headrace.types.weights import TensorInfo
 
 MAX_AHEAD_BYTES = 128 << 20
+MAX_DEVICE_BYTES = 512 << 20
 GUARD_BYTES = 16 << 30
 """Addresses behind a buffer. Nothing is had for them before something is written there."""
 
@@ -71,11 +72,12 @@ class ArrivalBuffer:
 
 class ArrivalMemory:
     """Buffers of sizes that are powers of two, used again and again. `put` is for any thread. `make` makes one of a
-    capacity, None: in the host's memory, and guarded while `is_guarded`."""
+    device's, of a capacity; None: they are of the host's memory, and guarded while `is_guarded`."""
 
     def __init__(self, make: Callable[[int], Buffer] | None = None) -> None:
         self.is_guarded = True
         self._make = make
+        self._most = MAX_AHEAD_BYTES if make is None else MAX_DEVICE_BYTES
         self.lock = threading.Lock()
         self._returned = threading.Condition(self.lock)
         self._free: list[Buffer] = []
@@ -84,21 +86,30 @@ class ArrivalMemory:
     def take(self, size: int, until: float) -> Buffer:
         """A buffer for `size` bytes. Waits until enough was put back, or raises `TimeoutError` at `until` (of the
         monotonic clock); `OSError` where there is no memory."""
-        capacity = max(_SMALLEST, 1 << max(0, size - 1).bit_length())
         with self._returned:
-            while True:
-                found = next((buffer for buffer in self._free if buffer.capacity == capacity), None)
-                if found is not None:
-                    self._free.remove(found)
-                    return found
-                while self._free and self._num_bytes + capacity > MAX_AHEAD_BYTES:
-                    self._num_bytes -= self._free.pop(0).capacity
-                if not self._num_bytes or self._num_bytes + capacity <= MAX_AHEAD_BYTES:
-                    buffer = self._new(capacity)
-                    self._num_bytes += capacity
-                    return buffer
+            while (found := self._found(size)) is None:
                 if not self._returned.wait(until - time.monotonic()):
                     raise TimeoutError("what had arrived before was not staged by then")
+            return found
+
+    def take_now(self, size: int) -> Buffer | None:
+        """As `take`, or None where it would wait."""
+        with self._returned:
+            return self._found(size)
+
+    def _found(self, size: int) -> Buffer | None:
+        capacity = max(_SMALLEST, 1 << max(0, size - 1).bit_length())
+        found = next((buffer for buffer in self._free if buffer.capacity == capacity), None)
+        if found is not None:
+            self._free.remove(found)
+            return found
+        while self._free and self._num_bytes + capacity > self._most:
+            self._num_bytes -= self._free.pop(0).capacity
+        if self._num_bytes and self._num_bytes + capacity > self._most:
+            return None
+        found = self._new(capacity)
+        self._num_bytes += capacity
+        return found
 
     def _new(self, capacity: int) -> Buffer:
         if self._make is not None:
@@ -113,7 +124,7 @@ class ArrivalMemory:
     def put(self, buffer: Buffer) -> None:
         """It is not read any more, and may be filled again."""
         with self._returned:
-            if buffer.capacity > MAX_AHEAD_BYTES:
+            if buffer.capacity > self._most:
                 self._num_bytes -= buffer.capacity
             else:
                 self._free.append(buffer)

@@ -75,21 +75,22 @@ class NcclBroadcast:
     def warm_up(self, until: float) -> None:
         """Take part in the first thing that all ranks of a trainer of vLLM's do: the sum of a number each."""
         number = torch.zeros(1, dtype=torch.float32, device=self._device)
-        self._run(number, until, lambda rank, stream: rank.sum_floats(number.data_ptr(), 1, stream))
+        self._begin(number, until, lambda rank, stream: rank.sum_floats(number.data_ptr(), 1, stream))()
 
-    def __call__(self, into: torch.Tensor, seconds: float) -> None:
-        """Wait until rank 0 has filled these bytes: `TimeoutError` after so many seconds, and none comes then."""
+    def __call__(self, into: torch.Tensor, seconds: float) -> Callable[[], None]:
+        """Begin to receive these bytes from rank 0, behind what was begun before. Returned is what waits until they are
+        there. Both raise `TimeoutError` after so many seconds from now, and none comes then."""
         until = time.monotonic() + seconds
         if self._rank is None:
             self.join(until)
-        self._run(into, until, lambda rank, stream: rank.receive(into.data_ptr(), into.nbytes, stream))
+        return self._begin(into, until, lambda rank, stream: rank.receive(into.data_ptr(), into.nbytes, stream))
 
     def close(self) -> None:
         """Let go of the other ranks, without waiting for them. Idempotent."""
         if self._rank is not None:
             self._rank.abort()
 
-    def _run(self, memory: torch.Tensor, until: float, begin: Callable[[NcclRank, int], None]) -> None:
+    def _begin(self, memory: torch.Tensor, until: float, begin: Callable[[NcclRank, int], None]) -> Callable[[], None]:
         rank, done = self._rank, torch.cuda.Event()  # type: ignore[no-untyped-call]
         assert rank is not None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -97,7 +98,11 @@ class NcclBroadcast:
         begin(rank, self._stream.cuda_stream)
         self._await(rank.is_idle, until)
         done.record(self._stream)
-        self._await(lambda: rank.is_idle() and done.query(), until)  # type: ignore[no-untyped-call]
+
+        def wait() -> None:
+            self._await(lambda: rank.is_idle() and done.query(), until)  # type: ignore[no-untyped-call]
+
+        return wait
 
     def _await(self, look: Callable[[], Found | None], until: float) -> Found:
         """What is found at last."""

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -41,8 +42,9 @@ MOST_RANKS_OF_AN_ID = 128
 _LOOK_S = 0.2
 _GRACE_S = 1.0  # after a deadline: the thread itself says more
 
-Broadcast = Callable[[torch.Tensor, float], None]
-"""Wait at most so many seconds until rank 0 has filled these bytes."""
+Broadcast = Callable[[torch.Tensor, float], Callable[[], None] | None]
+"""Begin a broadcast from rank 0 into these bytes, and return what waits for its end; it takes so many seconds at most.
+None: it is over."""
 
 
 class TorchGroup:
@@ -233,6 +235,16 @@ def _no_transport(terms: JoinGroup, device: torch.device) -> WeightUpdateError:
     return WeightUpdateError(message, field="backend")
 
 
+@dataclass(eq=False)
+class _UnderWay:
+    """A broadcast that has begun: of which tensors, of how many bytes, into what, and how its end is waited for."""
+
+    places: range
+    size: int
+    buffer: Buffer
+    wait: Callable[[], None] | None = None
+
+
 class GroupArrivals:
     """The tensors of one call as they come, each with its place in the list. Filled by the group's thread, emptied by
     the core's: `take` one, read it, `free` it."""
@@ -290,18 +302,35 @@ class GroupArrivals:
                 self._memory.put(buffer)
 
     def fill(self, broadcast: Broadcast) -> None:
-        """Receive all of it, as memory allows. The group's thread only."""
-        for places in self._broadcasts():
-            self._group.check_open()
-            sizes = [self._tensors[place].num_bytes for place in places]
-            buffer = self._memory.take(sum(sizes), self.until)
-            try:
-                broadcast(buffer.armed(sum(sizes)), self.until - time.monotonic())
-                self._check(buffer, sum(sizes), places)
-            except BaseException:
-                self._memory.put(buffer)
-                raise
-            self._hand_on(buffer, places, sizes)
+        """Receive all of it, as memory allows: one broadcast may begin before the one ahead is over. The group's thread
+        only."""
+        under_way = deque[_UnderWay]()
+        try:
+            for places in self._broadcasts():
+                self._group.check_open()
+                size = sum(self._tensors[place].num_bytes for place in places)
+                while (buffer := self._memory.take_now(size)) is None and under_way:
+                    self._finish(under_way)
+                buffer = buffer or self._memory.take(size, self.until)
+                under_way.append(_UnderWay(places, size, buffer))
+                under_way[-1].wait = broadcast(buffer.armed(size), self.until - time.monotonic())
+                if under_way[-1].wait is None:
+                    self._finish(under_way)
+            while under_way:
+                self._finish(under_way)
+        except BaseException:
+            for each in under_way:
+                self._memory.put(each.buffer)
+            raise
+
+    def _finish(self, under_way: deque[_UnderWay]) -> None:
+        """Wait for the oldest, and hand it on."""
+        oldest = under_way[0]
+        if oldest.wait is not None:
+            oldest.wait()
+        self._check(oldest.buffer, oldest.size, oldest.places)
+        under_way.popleft()
+        self._hand_on(oldest.buffer, oldest.places)
 
     def _broadcasts(self) -> Iterator[range]:
         """The places of the tensors that come in one: until they are over the packing, with the one that makes them."""
@@ -321,14 +350,14 @@ class GroupArrivals:
             message = f"weight group {self._group.name!r}: {names} was announced with {size} bytes, and {problem} came"
             raise WeightUpdateError(message, field=self._tensors[places.start].name if len(places) == 1 else FIELD)
 
-    def _hand_on(self, buffer: Buffer, places: range, sizes: Sequence[int]) -> None:
+    def _hand_on(self, buffer: Buffer, places: range) -> None:
         """The buffer goes with the last of its tensors."""
         start = 0
         found: list[tuple[int, Any, Buffer | None]] = []
-        for place, size in zip(places, sizes, strict=True):
+        for place in places:
             part = buffer.part(self._tensors[place], start)
             found.append((place, part, buffer if place == places[-1] else None))
-            start += size
+            start += self._tensors[place].num_bytes
         with self._memory.lock:
             if not self._is_dropped and found:
                 self._ready.extend(found)

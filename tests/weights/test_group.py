@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from headrace.types.weights import SEPARATE, TOGETHER, TensorInfo
 from headrace.weights import arrival_memory
 from headrace.weights import group as group_module
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
-from headrace.weights.group import GroupArrivals, TorchGroup, _passes_on
+from headrace.weights.group import Broadcast, GroupArrivals, TorchGroup, _passes_on
 from tests.engine.group_trainer import TrainerProcess
 
 CPU = torch.device("cpu")
@@ -86,6 +87,76 @@ def test_no_more_is_received_ahead_than_there_is_memory_for(
     group.fail("the test has ended")
 
 
+class Device:
+    """Broadcasts that are over when they are waited for, and what happened to them, in order."""
+
+    def __init__(self) -> None:
+        self.story = list[str]()
+        self.fails_at, self.problem = -1, None
+
+    def broadcast(self, into: torch.Tensor, _: float) -> Callable[[], None]:
+        number = sum(each.startswith("begin") for each in self.story)
+        self.story.append(f"begin {number}")
+
+        def wait() -> None:
+            if number == self.fails_at:
+                raise RuntimeError("it was lost")
+            into.fill_(number)
+            self.story.append(f"end {number}")
+
+        return wait
+
+    def check_open(self) -> None:
+        pass
+
+
+class Plain:
+    """Memory of a device that is none."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.bytes = capacity, torch.zeros(capacity, dtype=torch.uint8)
+
+    def armed(self, size: int) -> torch.Tensor:
+        return self.bytes[:size]
+
+    def mismatch(self, size: int) -> str:
+        return ""
+
+    def part(self, info: TensorInfo, start: int) -> Any:
+        return self.bytes[start : start + info.num_bytes]
+
+
+@pytest.mark.parametrize("fails_at", [-1, 2])
+def test_broadcasts_begin_before_the_ones_ahead_are_over(monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """As many as there is memory for; tensors are handed on in order, and what was under way when one failed is not."""
+    monkeypatch.setattr(arrival_memory, "MAX_DEVICE_BYTES", 3 << 20)
+    device, memory = Device(), ArrivalMemory(Plain)
+    device.fails_at = fails_at
+    arrivals = GroupArrivals(cast(Any, device), memory, infos(*[100] * 8), SEPARATE, time.monotonic() + 30)
+    failure = list[Exception]()
+
+    def fill() -> None:
+        try:
+            arrivals.fill(device.broadcast)
+        except RuntimeError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    for number in range(8 if fails_at < 0 else fails_at):
+        wait_for(lambda: bool(arrivals._ready))
+        taken = arrivals.take()
+        assert taken is not None and taken[0] == number and bool((taken[1] == number).all())
+        arrivals.free()
+    thread.join(30)
+    assert device.story[:4] == ["begin 0", "begin 1", "begin 2", "end 0"]
+    assert [each for each in device.story if each.startswith("end")] == [
+        f"end {number}" for number in range(8 if fails_at < 0 else fails_at)
+    ]
+    assert [str(each) for each in failure] == ([] if fails_at < 0 else ["it was lost"])
+    assert memory._num_bytes == sum(each.capacity for each in memory._free), "all of it was put back"
+
+
 def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_memory, "MAX_AHEAD_BYTES", 2 << 20)
     (group,) = joined(trainer)
@@ -111,7 +182,7 @@ class StandsStill(TorchGroup):
 
     answers = threading.Event()
 
-    def _join(self) -> Callable[[torch.Tensor, float], None]:
+    def _join(self) -> Broadcast:
         def broadcast(*_: object) -> None:
             self.answers.wait(60.0)
 

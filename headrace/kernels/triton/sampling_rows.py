@@ -128,8 +128,8 @@ def _weigh_and_score(
     HAS_THRESHOLDS: tl.constexpr, HAS_COPIES: tl.constexpr,
 ):  # fmt: skip
     """Per lane [LANES]: the sum of exp((l - base) / divisor) of what is stated; of what is drawn the best score, the
-    second best, and the best one's column. At T = 0 a score is the logit; else an upper bound of exp((l - base) / T) / E
-    with E the token's exponential noise: the greatest of those is the Gumbel-max winner, as it is the greatest
+    second best, and the best one's column. At T = 0 a score is the logit; else an upper bound of exp((l - base) / T) /
+    E with E the token's exponential noise: the greatest of those is the Gumbel-max winner, as it is the greatest
     l / T - log(E). With v uniform and E = -log1p(-v) >= v, exp(...) / v is such a bound, and needs no logarithm."""
     lanes = tl.arange(0, LANES)
     sums = tl.zeros([LANES], tl.float32)
