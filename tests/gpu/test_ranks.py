@@ -9,10 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from headrace import EngineDeadError
+from headrace import EngineDeadError, SamplingParams
 from tests.engine.test_ranks import rank_pids
 from tests.gpu.builders import Checkpoints, Starter, bits, check_greedy, greedy, random_ids
 from tests.gpu.test_released_memory import num_replays, taken_bytes
@@ -43,6 +44,33 @@ def test_two_devices_compute_what_transformers_does(
     engine = start(checkpoint, dtype="float32", **(TWO | settings))
     for prompt, piece in zip(PROMPTS, engine.generate(input_ids=PROMPTS, sampling_params=greedy(40)), strict=True):
         check_greedy(checkpoint, prompt, piece, 1e-3)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+def test_batch_mates_on_two_devices(start: Starter, checkpoints: Checkpoints, numerics: str) -> None:
+    """Few rows and many, sums by words, by flags and over NCCL, tokens by vocabulary and, where mates are truncated, of
+    whole rows: what is drawn is the same, and with invariant numerics each bit."""
+    dtype = "bfloat16" if numerics == "invariant" else "float32"
+    engine = start(checkpoints.get(), **(TWO | {"numerics": numerics, "dtype": dtype, "max_running_requests": 64}))
+    sampled = [SamplingParams(temperature=1.0, max_new_tokens=24, seed=number) for number in range(8)]
+
+    def among(num_mates: int, **limits: Any) -> Any:
+        mates = [random_ids(random.Random(100 + number), 10 + number) for number in range(num_mates)]
+        params = [
+            SamplingParams(temperature=0.8, max_new_tokens=12, seed=number, **limits) for number in range(num_mates)
+        ]
+        return engine.generate(input_ids=PROMPTS + mates, sampling_params=sampled + params)[: len(PROMPTS)]
+
+    alone = [
+        engine.generate(input_ids=[prompt], sampling_params=[each])[0]
+        for prompt, each in zip(PROMPTS, sampled, strict=True)
+    ]
+    for found in (among(0), among(40), among(40, top_k=5), among(3, top_p=0.9)):
+        if numerics == "invariant":
+            assert bits(found) == bits(alone)
+        for first, second in zip(found, alone, strict=True):
+            assert first.token_ids[:4] == second.token_ids[:4]
+            assert np.allclose(first.logprobs[:4], second.logprobs[:4], atol=0.05)
 
 
 @pytest.mark.parametrize(("mode", "place"), [("shadow", "cuda"), ("inplace", "cpu")])
