@@ -56,6 +56,7 @@ __all__ = ["RECORD_SIZE", "DeviceSampler", "PendingExtras", "PendingScores"]
 Integers = npt.NDArray[np.integer]
 SamplingPath = Literal["plain", "truncated", "eager"]
 
+_ALIGNED_COLUMNS = 16  # that kernels are compiled for
 _COPIED_ELEMENTS = 1 << 25
 """Logits copied at once for rows that are processed."""
 
@@ -149,8 +150,10 @@ class DeviceSampler:
         return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
 
     def samples_shares(self, num_ranks: int) -> bool:
-        """Whether ranks that share the vocabulary can sample with `walk_share`."""
-        return vocabulary_rows(self.vocab_size, num_ranks) % BLOCK == 0
+        """Whether ranks that share the vocabulary can sample with `walk_share`. Only where whole rows are aligned as
+        those of a share are: in which order lanes are added up depends on that, and a row's bits must not."""
+        is_aligned = self.vocab_size % _ALIGNED_COLUMNS == 0
+        return is_aligned and vocabulary_rows(self.vocab_size, num_ranks) % BLOCK == 0
 
     def walk_share(self, logits_SW: Tensor, rank: int, slots_S: Tensor, positions_S: Tensor) -> Tensor:
         """What `sample_shares` needs of this rank's columns of a step's logits, float32 and contiguous, for rows on

@@ -12,7 +12,7 @@ import torch
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import BufferEntry, DeviceRef, TensorInfo
 from headrace.weights.device_staging import DeviceCopies, Slices
-from headrace.weights.memory import Copies, StageBuffer, StagePiece
+from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece
 from headrace.weights.move_plan import MovedSlices, MovePlan
 from headrace.weights.piece_slices import ArrivingPiece, PieceSlices, WholeTarget
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
@@ -43,14 +43,16 @@ class Arriving:
         keys: PositionKeys,
         *,
         check_finite: bool,
+        on_device: bool,
     ) -> None:
+        """`on_device`: what lies there already comes into place by launches that nobody waits for."""
         self._transaction = transaction
         self._aliases = weight_map.aliases
         self._region_of = region_of
         self._side, self._keys = side, keys
-        self._check_finite = check_finite
+        self._check_finite, self._on_device = check_finite, on_device
 
-    def one(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
+    def one(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageCopy:
         """The work of moving manifest entry `index` into place.
 
         `data` is the whole tensor: contiguous bytes in the manifest's dtype, or a tensor of its dtype and shape. Or it
@@ -59,6 +61,8 @@ class Arriving:
         """
         info = self._transaction.manifest[index]
         source = source_of(info, data, start)
+        if self._on_device and isinstance(data, torch.Tensor) and self._lies_here(data):
+            return self.all(iter([StagePiece(index, data.view(-1).view(torch.uint8), None, True, False)]))
         arrival = self._arriving(index, start)
         return StageWork(
             source,
@@ -68,6 +72,9 @@ class Arriving:
             on_done=lambda: self._arrived(index, info, arrival),
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
+
+    def _lies_here(self, data: torch.Tensor) -> bool:
+        return data.device == self._side.device and data.is_contiguous() and data.numel() > 0
 
     def all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
         """The work of moving pieces into place on a device."""

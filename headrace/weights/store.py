@@ -22,7 +22,7 @@ from headrace.weights.arriving import Arriving, together
 from headrace.weights.device_staging import DeviceCopies
 from headrace.weights.foreign_memory import ForeignMemory
 from headrace.weights.live_reading import Digests, bytes_in_slices, digests_in_slices
-from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, one_by_one
 from headrace.weights.move_plan import MovePlan
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.position_sum import PositionKeys
@@ -34,7 +34,6 @@ from headrace.weights.staging import (
     Enqueued,
     SideReader,
     SideStream,
-    StageWork,
     TensorData,
     dtype_name,
 )
@@ -207,7 +206,7 @@ class WeightStore:
             return None
         return self._shadow.memories(rules, lambda name: self._region(name).memories, is_needed=mode == "shadow")
 
-    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
+    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageCopy:
         """As `Arriving.one`; nothing is written before `advance`."""
         return self._arriving().one(index, data, start)
 
@@ -236,7 +235,13 @@ class WeightStore:
     def _arriving(self) -> Arriving:
         update = self._require_update()
         return Arriving(
-            update, self.weight_map, self._region, self._side, self.sum_keys, check_finite=self._check_finite
+            update,
+            self.weight_map,
+            self._region,
+            self._side,
+            self.sum_keys,
+            check_finite=self._check_finite,
+            on_device=self._buffers is not None,
         )
 
     @property

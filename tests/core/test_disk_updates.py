@@ -233,9 +233,9 @@ def test_a_tied_head_alone_is_compared_in_slices(mode: str, monkeypatch: pytest.
 
     monkeypatch.setattr(PositionSum, "add", counted)
     store.begin([TensorInfo("lm_head.weight", (rows, 1024), "float32")], mode, True)  # type: ignore[arg-type]
-    work, per_slice = store.stage(0, torch.ones(rows, 1024)), list[int]()
-    while not work.is_done:
+    work, per_slice, is_done = store.stage(0, torch.ones(rows, 1024)), list[int](), False
+    while not is_done:
         sums.clear()
-        work.advance(0.0)
+        is_done = work.advance(0.0)
         per_slice.append(len(sums))
     assert len(per_slice) >= 8 and max(per_slice) == 2

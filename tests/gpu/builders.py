@@ -54,6 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {**_MULTI_HEAD, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_WIDE_HEADS}),
     "qwen3-tied-biases": ("qwen3", {**_WIDE_HEADS, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3-even-vocabulary": ("qwen3", {**_WIDE_HEADS, "vocab_size": 5008}),  # two ranks have whole blocks of it
     "qwen3-odd-widths": ("qwen3", {**_GROUPED, "hidden_size": 320, "intermediate_size": 704}),
 }
 _SIZES = {

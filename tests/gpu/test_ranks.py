@@ -30,7 +30,7 @@ PROMPTS = [random_ids(random.Random(number), 5 + 40 * number) for number in rang
 @pytest.mark.parametrize(
     ("variant", "settings"),
     [
-        ("qwen3", {}),
+        ("qwen3-even-vocabulary", {}),
         ("llama-biases", {"numerics": "invariant"}),
         ("qwen2-tied", {"cuda_graphs": False, "overlap_depth": 0}),
         ("qwen3", STAGES),
@@ -51,7 +51,10 @@ def test_batch_mates_on_two_devices(start: Starter, checkpoints: Checkpoints, nu
     """Few rows and many, sums by words, by flags and over NCCL, tokens by vocabulary and, where mates are truncated, of
     whole rows: what is drawn is the same, and with invariant numerics each bit."""
     dtype = "bfloat16" if numerics == "invariant" else "float32"
-    engine = start(checkpoints.get(), **(TWO | {"numerics": numerics, "dtype": dtype, "max_running_requests": 64}))
+    engine = start(
+        checkpoints.get("qwen3-even-vocabulary"),
+        **(TWO | {"numerics": numerics, "dtype": dtype, "max_running_requests": 64}),
+    )
     sampled = [SamplingParams(temperature=1.0, max_new_tokens=24, seed=number) for number in range(8)]
 
     def among(num_mates: int, **limits: Any) -> Any:

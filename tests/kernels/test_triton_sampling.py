@@ -29,7 +29,7 @@ from headrace.sampling.noise import gumbel_of, noise_keys
 from headrace.sampling.thresholds import truncation_threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCAB = 9001
+VOCAB = 9008  # aligned, or bits of shares would be those of rows on a CPU only
 SEEDS = np.array([0, 1, 0x0123456789ABCDEF, 0xFFFFFFFFFFFFFFFF, 77, 78], np.uint64)
 POSITIONS = np.array([0, 7, 4096, 2147483647, 12, 3], np.int64)
 

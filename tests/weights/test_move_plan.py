@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from headrace.types.errors import WeightUpdateError
 from headrace.types.messages import Stage
 from headrace.types.weights import BufferEntry, DeviceArea, DeviceRef, TensorInfo
 from headrace.weights import move_plan
+from headrace.weights.device_staging import DeviceCopies
 from headrace.weights.memory import Copies, StageBuffer
 from headrace.weights.session import WeightMachine
 from headrace.weights.stage_buffers import AreaBytes, DeviceBuffers, Opened
+from headrace.weights.staging import StageWork
 from headrace.weights.store import WeightStore
 from tests.weights.test_device_staging import moved_one_by_one
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
@@ -152,6 +155,47 @@ def test_more_than_moving_is_done_piece_by_piece() -> None:
     store.abort()
     store.begin([TensorInfo(each.name, each.shape, "float16") for each in manifest], "inplace", False)
     assert not store.moves(entries, ref, are_right=True)
+
+
+@pytest.mark.parametrize("mode", ["inplace", "shadow"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tensor_that_lies_there_is_moved_by_a_launch(mode: Literal["inplace", "shadow"], seed: int) -> None:
+    """One by one, as a group brings them: bit-equal to a cold load, in any dtype; one that is not contiguous, or is
+    nowhere on the device, is copied block by block."""
+    store, choose = made(), random.Random(seed)
+    store._buffers = DeviceBuffers(CPU, lambda: None)
+    tensors = make_tensors(make_map(), seed)
+    if seed % 2:
+        tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    manifest = manifest_of(tensors)
+    store.begin(manifest, mode, False)
+    by_launch = 0
+    for index, tensor in sorted(enumerate(tensors.values()), key=lambda _: choose.random()):
+        is_odd = choose.random() < 0.3 and tensor.ndim == 2
+        copy = store.stage(index, tensor.t().contiguous().t() if is_odd else tensor)
+        by_launch += isinstance(copy, DeviceCopies)
+        assert isinstance(copy, StageWork) == (is_odd and min(tensor.shape) > 1)
+        assert copy.advance(60.0)
+    assert by_launch > 0
+    store.commit()
+    cold = WeightStore(make_map(), torch.float32, CPU)
+    cold.load(tensors.items())
+    assert live_bits(store) == live_bits(cold)
+
+
+def test_a_tensor_that_lies_there_is_looked_at_first() -> None:
+    store = made()
+    store._buffers = DeviceBuffers(CPU, lambda: None)
+    tensors = make_tensors(make_map(), 1)
+    manifest = manifest_of(tensors)
+    store.begin(manifest, "inplace", False)
+    first = next(iter(tensors.values()))
+    for wrong in (first.half(), first[..., :-1].contiguous()):
+        with pytest.raises(WeightUpdateError, match="the manifest says"):
+            store.stage(0, wrong)
+    with pytest.raises(WeightUpdateError, match="finite") as caught:
+        store.stage(0, torch.full_like(first, torch.nan)).advance(60.0)
+    assert caught.value.field == manifest[0].name
 
 
 @pytest.mark.parametrize("what", ["nan", "digest"])

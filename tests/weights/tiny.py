@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from headrace.types.weights import BufferEntry, BufferRef, DeviceRef, TensorInfo, UpdateMode
-from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StagePiece, one_by_one
+from headrace.weights.memory import Copies, ResolvedMode, StageBuffer, StageCopy, StagePiece, one_by_one
 from headrace.weights.session import WeightMachine
 from headrace.weights.staging import TORCH_DTYPES, Enqueued, StageWork, TensorData, dtype_name
 from headrace.weights.store import WeightStore
@@ -181,7 +181,7 @@ class _Memory:
     def missing(self) -> list[str]:
         return WeightStore.missing(self._store)
 
-    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageWork:
+    def stage(self, index: int, data: memoryview | TensorData, start: int | None = None) -> StageCopy:
         return WeightStore.stage(self._store, index, data, start)
 
     @property
