@@ -21,8 +21,12 @@ POOL_TOKENS = 4096
 
 
 @pytest.mark.timeout(SECONDS + 240)
-def test_mixed_traffic_leaves_nothing_behind(checkpoints: Checkpoints, start: Starter) -> None:
-    versions = {"first": checkpoints.get(), "second": checkpoints.get(seed=1)}
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_mixed_traffic_leaves_nothing_behind(checkpoints: Checkpoints, start: Starter, num_devices: int) -> None:
+    if torch.cuda.device_count() < num_devices:
+        pytest.skip("one device")
+    variant = "qwen3" if num_devices == 1 else "qwen3-even-vocabulary"
+    versions = {"first": checkpoints.get(variant), "second": checkpoints.get(variant, seed=1)}
     probes = find_probes(versions, count=4)
     engine = start(
         versions["first"],
@@ -31,6 +35,8 @@ def test_mixed_traffic_leaves_nothing_behind(checkpoints: Checkpoints, start: St
         kv_pool_tokens=POOL_TOKENS,
         max_running_requests=64,
         max_num_batched_tokens=256,
+        tp_size=num_devices,
+        inprocess=num_devices == 1,
     )
     pages, num_bytes = engine.metrics()["num_free_pages"], allocated_bytes()
     shared = Shared(engine, probes)
