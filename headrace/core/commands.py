@@ -15,6 +15,7 @@ from headrace.core.faults import FAULTS, failure
 from headrace.core.replica import Replica
 from headrace.core.staging import StageJob, job_from_buffer, job_from_group, job_from_payload
 from headrace.core.update_phase import UpdatePhase
+from headrace.ipc import Phase
 from headrace.types.errors import (
     DeadlineError,
     HeadraceError,
@@ -326,6 +327,9 @@ def metrics(replica: Replica, now: float) -> dict[str, float]:
         "num_updates": float(replica.update.num_updates),
         "last_update_pause_ms": replica.update.last_pause_ms,
         "staged_steps": float(replica.update.num_steps_while_staging),
+        "executing_s": replica.pulse.spent(Phase.EXECUTING),
+        "deciding_s": replica.pulse.spent(Phase.DECIDING),
+        "idle_s": replica.pulse.spent(Phase.IDLE),
         "uptime_s": now - replica.started_at,
     }
 

@@ -95,6 +95,8 @@ class Pulse:
 
     def __init__(self, page: PulsePage | None = None) -> None:
         self._words = (page or PulsePage()).words
+        self._phase, self._entered = Phase.COMMANDING, monotonic_ns()
+        self._spent = [0] * (1 << _PHASE_BITS)  # nanoseconds by phase, up to when this one was entered
         self._is_stalled = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="headrace-pulse", daemon=True)
@@ -108,7 +110,14 @@ class Pulse:
 
     def enter(self, phase: int) -> None:
         """The loop does something else from now on."""
-        self._words[_PHASE] = monotonic_ns() << _PHASE_BITS | phase
+        now = monotonic_ns()
+        self._spent[self._phase] += now - self._entered
+        self._phase, self._entered = phase, now
+        self._words[_PHASE] = now << _PHASE_BITS | phase
+
+    def spent(self, phase: int) -> float:
+        """Seconds that the loop has been in a phase, up to when it last left it."""
+        return self._spent[phase] / 1e9
 
     def claim(self, call_id: int) -> None:
         """The loop comes to this call; it looks at the clock afterwards, and refuses one that comes too late.

@@ -182,7 +182,8 @@ def test_status_counts() -> None:
     assert (status.num_running, status.num_waiting) == (2, 0)
     assert status.num_used_tokens > 0
     assert status.metrics["uptime_s"] == 5.0
-    own = {"num_updates", "last_update_pause_ms", "staged_steps", "num_gemm_calls"}
+    assert status.metrics["executing_s"] > 0 and status.metrics["deciding_s"] > 0
+    own = {"num_updates", "last_update_pause_ms", "staged_steps", "num_gemm_calls", "idle_s"}
     assert own | {"num_steps", "num_cached_tokens"} <= set(status.metrics)
 
 

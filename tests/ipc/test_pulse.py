@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from headrace.ipc import Phase, Pulse, PulsePage, SharedBuffer
 from headrace.ipc.pulse import PULSE_BYTES
 
@@ -27,6 +29,16 @@ def test_every_change_is_readable_at_once() -> None:
         assert first.entered <= page.read().entered <= time.monotonic_ns()
     pulse.stepped()
     assert page.read().num_steps == 1
+
+
+def test_the_time_of_a_phase_is_the_sum_of_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0, 0, 1, 4, 10, 20, 50, 1000])
+    monkeypatch.setattr("headrace.ipc.pulse.monotonic_ns", lambda: next(seconds) * 10**9)
+    pulse = Pulse()  # looks at the clock three times, and is commanding from 0 on
+    for phase in (Phase.DECIDING, Phase.EXECUTING, Phase.DECIDING, Phase.IDLE, Phase.COMMANDING):
+        pulse.enter(phase)
+    phases = (Phase.COMMANDING, Phase.DECIDING, Phase.EXECUTING, Phase.IDLE)
+    assert [pulse.spent(phase) for phase in phases] == [4.0, 6.0 + 30.0, 10.0, 950.0]
 
 
 def test_a_start_is_read_as_it_was_last_told_with_counts_that_fit_a_word() -> None:
