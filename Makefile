@@ -52,6 +52,8 @@ GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
 # What is imported is compiled then, once, whatever the environment says: of what is installed it is a small part.
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt $(PIP_ARGS)
+# Frameworks choose their own versions of everything but this, which would else be the newest that there is.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 # Kept: a chain of patterns would have it removed as intermediate.
@@ -104,7 +106,7 @@ test-frameworks: $(FRAMEWORKS:%=test-framework-%)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python $(PIP_INSTALL) hatchling editables $(PIP_ARGS)
 	.venv-$*/bin/python $(PIP_INSTALL) --no-build-isolation \
-	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' $(PIP_ARGS)
+	  --requirement tests/frameworks/$*/requirements.txt --editable '.[test]' '$(TORCH)' $(PIP_ARGS)
 	alone=tests/frameworks/$*/without_dependencies.txt; test ! -f $$alone || .venv-$*/bin/python \
 	  $(PIP_INSTALL) --no-deps --requirement $$alone $(PIP_ARGS)
 	@touch $@
