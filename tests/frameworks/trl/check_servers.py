@@ -5,6 +5,7 @@ TRL imports names of vLLM for both, and refuses to sync to a CPU: `server_runs` 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import pytest
 
 from headrace import Client
 from tests.arch.source import ROOT
-from tests.frameworks.trl.training import CLOSE, POLICY
+from tests.frameworks.trl.training import CLOSE, CLOSE_LOGPROB, POLICY
 from tests.server.vllm_client import free_port
 
 pytestmark = pytest.mark.timeout(900)
@@ -71,7 +72,7 @@ def test_server_mode(url: str, tmp_path: Path) -> None:
         epoch = client.status().epoch
         found = run("server", url, tmp_path)
         status = client.status()
-        assert len(found["differences"]) == 4 and max(found["differences"]) <= CLOSE
+        assert len(found["differences"]) == 4 and max(found["differences"]) <= CLOSE_LOGPROB
         assert status.epoch == epoch + 4, "one update a step"
         check_teacher(found["teacher"], client)
     chat, silent, top = found["chat"], found["silent"], found["top"]
@@ -84,14 +85,15 @@ def test_server_mode(url: str, tmp_path: Path) -> None:
 
 
 def check_teacher(found: dict[str, Any], client: Client) -> None:
-    """What TRL read is what the engine says."""
+    """What TRL read is what the engine says: once more, so by products of other rows where prefixes are cached now."""
+    near = functools.partial(pytest.approx, abs=CLOSE)
     for row, prompt in enumerate(([1, 2, 3], [60, 61])):
         (scored,) = client.score(input_ids=[[*prompt, 62, 63]], top_logprobs=5)
-        assert [values[0] for values in found["actual_logprobs"][row]] == pytest.approx(scored.prompt_logprobs[-2:])
+        assert [values[0] for values in found["actual_logprobs"][row]] == near(scored.prompt_logprobs[-2:])
         for ids, values, top in zip(
             found["logprob_token_ids"][row], found["logprobs"][row], scored.prompt_top_logprobs[-2:], strict=True
         ):
-            assert top is not None and ids == list(top) and values == pytest.approx(list(top.values()))
+            assert top is not None and ids == list(top) and values == near(list(top.values()))
 
 
 def test_async_grpo(url: str, tmp_path: Path) -> None:
