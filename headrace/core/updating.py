@@ -195,7 +195,7 @@ class UpdateControl:
         self.live_stamp += 1
         self._stepper.settle()
         self._executor.weights.scramble(seed)
-        self._fail_requests()
+        self._fail_requests(logging.INFO)  # as it was asked for: a trainer's first weights come next
 
     # Between steps.
 
@@ -425,7 +425,7 @@ class UpdateControl:
         self.live_stamp += self.machine.session.has_written
         self.machine.abort(self.machine.session.session_id, reason if has_expired else None)
         self._end_session()
-        self._fail_requests()
+        self._fail_requests(logging.ERROR)
         self.end(reason)
 
     def _end_session(self) -> None:
@@ -435,9 +435,9 @@ class UpdateControl:
         self._steps_at_first_stage = None
         self._hold = None
 
-    def _fail_requests(self) -> None:
-        """Answer every request if the weights cannot serve any."""
+    def _fail_requests(self, level: int) -> None:
+        """Answer every request if the weights cannot serve any, which is logged at `level`."""
         refusal = self.machine.refusal()
         if refusal is not None:
             self._outbox.add(self._scheduler.fail(None, refusal.info()))
-            logger.error("weights are %s: %s", self.machine.state, refusal.message)
+            logger.log(level, "weights are %s: %s", self.machine.state, refusal.message)

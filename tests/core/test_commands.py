@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import msgspec
@@ -292,7 +293,8 @@ def test_digest_sees_one_flipped_bit() -> None:
     assert [name for name in before if before[name] != after[name]] == ["k.weight"]
 
 
-def test_the_weights_checker_proves_that_an_update_writes_everything() -> None:
+def test_the_weights_checker_proves_that_an_update_writes_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="headrace")
     core = Core()
     assert core.refused(WeightsChecker, "compare").code == "UpdateConflictError"
     assert core.refused(WeightsChecker, "sing").field == "action"
@@ -303,6 +305,8 @@ def test_the_weights_checker_proves_that_an_update_writes_everything() -> None:
     core.turn(3)
     core.call(WeightsChecker, "reset_tensors", kind=dict[str, str])
     assert core.finish_types(1) == ["error"]
+    told = [record.levelname for record in caplog.records if "weights are needs_weights" in record.message]
+    assert told == ["INFO"], "it was asked for"
     assert set(core.call(WeightsChecker, "compare", kind=dict[str, str])) >= {"embed.weight", "q.weight"}
     assert (core.status().state, core.status().version) == ("needs_weights", "")
     assert core.refused(Digest).code == core.refused(WeightsChecker, "snapshot").code == "NeedsWeightsError"
