@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,32 +22,41 @@ LARGEST_DIFFERENCE = 1e-5
 pytestmark = pytest.mark.timeout(RUN_SECONDS + 60)
 
 
-def commands() -> tuple[str, str, list[str]]:
-    """What prepares a run, the environment, and a command for each trainer mode."""
+class Page(NamedTuple):
+    """The commands of docs/verl.md: what sets the environment, and of each run what prepares it and what it is."""
+
+    environment: str
+    runs: dict[str, tuple[str, str]]
+
+
+def page() -> Page:
     text = (ROOT / "docs" / "verl.md").read_text(encoding="utf-8")
-    first, modes = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    prepare, environment, sync = first.splitlines()
-    others = modes.replace("\\\n", "").splitlines()
-    assert all("main_ppo" in command for command in (sync, *others)) and len(others) == 2
-    return prepare, environment, [sync, *others]
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (sums, environment, sync), (colocate, separate), (products, tools) = (
+        block.replace("\\\n", "").splitlines() for block in blocks
+    )
+    assert all("main_ppo" in command for command in (sync, colocate, separate, tools))
+    runs = {"sync": sync, "colocate_async": colocate, "separate_async": separate}
+    return Page(environment, {**{name: (sums, run) for name, run in runs.items()}, "tools": (products, tools)})
 
 
-def train(folder: Path, mode: int, name: str, *overrides: str) -> list[dict[str, Any]]:
-    """Run a command of the page in `folder`, which looks like the source tree; the metrics of each step."""
+def train(folder: Path, name: str, log: str, *overrides: str) -> list[dict[str, Any]]:
+    """Run a command of the page in `folder`, which looks like the source tree; the metrics of each step, from `log`."""
     for each in ("examples", "headrace"):
         (folder / each).symlink_to(ROOT / each)
-    prepare, environment, runs = commands()
-    script = "\n".join(["set -e", prepare, environment, " ".join([runs[mode], *overrides])])
+    environment, runs = page()
+    prepare, run = runs[name]
+    script = "\n".join(["set -e", environment, prepare, " ".join([run, *overrides])])
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # Ray starts a worker for each CPU that it is told of before anybody asks for one.
     variables = {**os.environ, "PATH": path, "RAY_prestart_worker_first_driver": "0", "OMP_NUM_THREADS": "1"}
-    log = folder / "log"
-    with log.open("wb") as output:
+    printed = folder / "printed"
+    with printed.open("wb") as output:
         done = subprocess.run(
             ["bash", "-c", script], cwd=folder, env=variables, stdout=output, stderr=output, timeout=RUN_SECONDS
         )
-    assert done.returncode == 0, log.read_text(errors="replace")[-6000:]
-    lines = (folder / "sums" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert done.returncode == 0, printed.read_text(errors="replace")[-6000:]
+    lines = (folder / log).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["data"] for line in lines]
 
 
@@ -58,16 +67,26 @@ def check_probabilities(steps: list[dict[str, Any]]) -> None:
 
 
 def test_a_synchronous_run_learns(tmp_path: Path) -> None:
-    steps = train(tmp_path, 0, "grpo")
+    steps = train(tmp_path, "sync", "sums/grpo.jsonl")
     check_probabilities(steps)
     rewards = [step["critic/rewards/mean"] for step in steps]
     assert len(rewards) == 8 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
 
 
-@pytest.mark.parametrize(("mode", "name"), [(1, "colocate_async"), (2, "separate_async")])
-def test_asynchronous_runs_that_wait_for_their_samples(tmp_path: Path, mode: int, name: str) -> None:
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_asynchronous_runs_that_wait_for_their_samples(tmp_path: Path, mode: str) -> None:
     """Weights change with each step, and each sample is of the newest: engine and trainer agree about all of them."""
-    steps = train(tmp_path, mode, name, f"trainer.v1.{name}.num_warmup_batches=0", "trainer.total_training_steps=3")
+    three = f"trainer.v1.{mode}.num_warmup_batches=0", "trainer.total_training_steps=3"
+    steps = train(tmp_path, mode, f"sums/{mode}.jsonl", *three)
     assert len(steps) == 3
     check_probabilities(steps)
     assert all(step["actor/grad_norm"] > 0 for step in steps)
+
+
+def test_conversations_with_a_tool(tmp_path: Path) -> None:
+    """verl's own agent loop calls its own tool; the trainer agrees about what was sampled in every turn."""
+    steps = train(tmp_path, "tools", "products/grpo.jsonl", "trainer.total_training_steps=3")
+    assert len(steps) == 3
+    check_probabilities(steps)
+    assert max(step["num_turns/max"] for step in steps) >= 4, "no conversation called the tool"
+    assert any(step["critic/rewards/mean"] > 0 for step in steps)
