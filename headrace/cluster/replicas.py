@@ -5,7 +5,6 @@ it, and whether its weights are current. Sends nothing itself: `health` looks, `
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -65,10 +64,31 @@ class RemoteReplica:
             return self.trouble
         return f"its weights are {self.weight_version!r}, not those of the last update, {self.wanted_version!r}"
 
+    def sending(self, choice: ReplicaChoice) -> _Sending:
+        """For `with`: a request is at it inside the block."""
+        return _Sending(self, choice.num_tokens)
+
     @property
     def candidate(self) -> Candidate:
         """It as a policy sees it."""
         return Candidate(self.number, self.num_requests, self.num_tokens)
+
+
+class _Sending:
+    """Counts a request, and the tokens expected of it, while it is at a replica."""
+
+    def __init__(self, replica: RemoteReplica, num_tokens: int) -> None:
+        self._replica = replica
+        self._num_tokens = num_tokens
+
+    def __enter__(self) -> None:
+        self._replica.num_requests += 1
+        self._replica.num_tokens += self._num_tokens
+        self._replica.num_sent += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._replica.num_requests -= 1
+        self._replica.num_tokens -= self._num_tokens
 
 
 class Replicas:
@@ -220,18 +240,6 @@ class Replicas:
         """No replica holds what it was sent."""
         for each in self:
             self._policy.forget(each.number)
-
-    @contextlib.contextmanager
-    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> Iterator[None]:
-        """A request is at the replica inside the block."""
-        replica.num_requests += 1
-        replica.num_tokens += choice.num_tokens
-        replica.num_sent += 1
-        try:
-            yield
-        finally:
-            replica.num_requests -= 1
-            replica.num_tokens -= choice.num_tokens
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]

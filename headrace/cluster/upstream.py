@@ -7,8 +7,6 @@ HTTP/1.1 by hand: a library's client costs several times what the router may add
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from typing import cast
 
 from headrace.cluster.http_parts import MAX_CHUNK_BYTES, MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
@@ -47,23 +45,27 @@ class Upstream:
         self._busy: set[UpstreamConnection] = set()
         self._is_closed = False
 
-    @contextlib.asynccontextmanager
-    async def connection(self, *, fresh: bool = False, is_data: bool = True) -> AsyncIterator[UpstreamConnection]:
-        """A connection for one request and its answer, idle ones first unless a `fresh` one is wanted; `is_data` if
-        `cut_data` is to end it. It is closed when the block is left before the answer is complete. Raises
-        `BrokenAnswerError` when none can be had."""
+    def connection(self, *, fresh: bool = False, is_data: bool = True) -> _Lease:
+        """For `async with`: a connection for one request and its answer, idle ones first unless a `fresh` one is
+        wanted; `is_data` if `cut_data` is to end it. It is closed when the block is left before the answer is complete.
+        Raises `BrokenAnswerError` when none can be had."""
+        return _Lease(self, fresh, is_data)
+
+    async def take(self, *, fresh: bool, is_data: bool) -> UpstreamConnection:
+        """A connection that is busy from now on, until it is given back."""
         connection = (None if fresh else self._take_idle()) or await self._connect()
         connection.is_data = is_data
         self._busy.add(connection)
-        try:
-            yield connection
-        finally:
-            self._busy.discard(connection)
-            if connection.may_be_used_again and not self._is_closed:
-                connection.rest()
-                self._idle.append(connection)
-            else:
-                connection.abort()
+        return connection
+
+    def give_back(self, connection: UpstreamConnection) -> None:
+        """It is used no more, and stays if it may be used again."""
+        self._busy.discard(connection)
+        if connection.may_be_used_again and not self._is_closed:
+            connection.rest()
+            self._idle.append(connection)
+        else:
+            connection.abort()
 
     def look(self, now: float) -> None:
         """End the waits that are too long, and connections that nobody needs. To be called about every second."""
@@ -110,6 +112,22 @@ class Upstream:
         except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
             raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
         return connection
+
+
+class _Lease:
+    """One use of a connection. A class, since a generator would cost a request more than all else of it."""
+
+    def __init__(self, upstream: Upstream, fresh: bool, is_data: bool) -> None:
+        self._upstream = upstream
+        self._fresh = fresh
+        self._is_data = is_data
+
+    async def __aenter__(self) -> UpstreamConnection:
+        self._connection = await self._upstream.take(fresh=self._fresh, is_data=self._is_data)
+        return self._connection
+
+    async def __aexit__(self, *_: object) -> None:
+        self._upstream.give_back(self._connection)
 
 
 class UpstreamConnection(asyncio.Protocol):
