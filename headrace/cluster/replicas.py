@@ -243,13 +243,9 @@ class Replicas:
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
-        for offered in (
-            [each for each in healthy if each.is_ready and each.number not in avoided],
-            [each for each in healthy if each.number not in avoided],
-        ):
-            if offered:
-                return [each.candidate for each in offered]
-        return [each.candidate for each in healthy]
+        others = [each for each in healthy if each.number not in avoided] if avoided else healthy
+        ready = [each for each in others if not each.trouble]
+        return [each.candidate for each in ready or others or healthy]
 
     def _check_weights(self) -> None:
         if self._by_number and not any(each.is_current for each in self):
