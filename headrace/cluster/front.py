@@ -239,7 +239,8 @@ class ClientConnection(asyncio.Protocol):
             return
         self._head = head
         self._chunks = ChunkReader(self.front.bounds.max_body_bytes) if head.body_size is None else None
-        self._wait(self.front.bounds.body_timeout)
+        if head.body_size is None or len(self._buffer) < head.body_size:
+            self._wait(self.front.bounds.body_timeout)
         if head.header(b"expect").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 

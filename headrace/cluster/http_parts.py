@@ -79,9 +79,8 @@ def parse_request(raw: bytes) -> Head:
     if found is None:
         raise FramingError("this is no request line of HTTP/1.1 with a path")
     method, target, minor = found.groups()
-    headers = _parse_headers(raw, lines)
-    is_old, fields = minor == b"0", _fields(headers)
-    size = _body_size(fields)
+    headers, fields = _parse_headers(raw, lines)
+    size, is_old = _body_size(fields), minor == b"0"
     if is_old and size is None:
         raise FramingError("HTTP/1.0 knows no transfer-encoding")
     keeps_alive = _keeps_alive(fields, is_old)
@@ -101,34 +100,31 @@ def parse_answer(raw: bytes) -> Head:
     if found is None:
         raise FramingError("this is no status line of HTTP/1.1")
     status, is_old = int(found[2]), found[1] == b"0"
-    headers = _parse_headers(raw, lines)
-    fields = _fields(headers)
+    headers, fields = _parse_headers(raw, lines)
     size = 0 if status < 200 or status in (204, 304) else _body_size(fields)
     ends = size == -1
     keeps_alive = not ends and _keeps_alive(fields, is_old)
     return Head(headers, None if ends else size, keeps_alive, status=status, is_old=is_old, ends_with_connection=ends)
 
 
-def _parse_headers(raw: bytes, lines: list[bytes]) -> Headers:
+def _parse_headers(raw: bytes, lines: list[bytes]) -> tuple[Headers, dict[bytes, bytes]]:
+    """The headers, and their values by name: of one that comes several times all, with commas between them, as the
+    standard reads them."""
     if len(lines) > MAX_HEADERS:
         raise FramingError("too many headers", 431)
     if len(raw.translate(None, b"\0\r\n")) != len(raw) - 2 * len(lines):  # more of these than end the lines
         raise FramingError("a header holds what no line may")
-    parts = [line.partition(b":") for line in lines]
-    names = [name for name, colon, _ in parts if colon and name]
-    if len(names) < len(parts) or b"".join(names).translate(None, _TOKEN_BYTES):
-        raise FramingError("this is no header")
-    return [(name.lower(), value.strip(b" \t")) for name, _, value in parts]
-
-
-def _fields(headers: Headers) -> dict[bytes, bytes]:
-    """Values by name; of one that comes several times all, with commas between them, as the standard reads them."""
-    fields = dict(headers)
-    if len(fields) < len(headers):
-        fields.clear()
-        for name, value in headers:
-            fields[name] = fields[name] + b"," + value if name in fields else value
-    return fields
+    headers, fields = [], dict[bytes, bytes]()
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not (name and colon):
+            raise FramingError("this is no header")
+        name, value = name.lower(), value.strip(b" \t")
+        headers.append((name, value))
+        fields[name] = fields[name] + b"," + value if name in fields else value
+    if b"".join(fields).translate(None, _TOKEN_BYTES):
+        raise FramingError("this is no name of a header")
+    return headers, fields
 
 
 def _body_size(fields: dict[bytes, bytes]) -> int | None:

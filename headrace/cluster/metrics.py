@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -35,7 +36,7 @@ class RouterMetrics:
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """A call was answered, with status 0 not to its end."""
-        self._calls.durations_of(route, status).observe(seconds)
+        self._calls.seconds[route, status].observe(seconds)
 
     def count_choice(self, choice: ReplicaChoice, ask: Ask) -> None:
         """A request is sent."""
@@ -57,18 +58,12 @@ class _CallCollector(Collector):
     def __init__(self) -> None:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
-        self._durations: dict[tuple[str, int], DurationHistogram] = {}
-
-    def durations_of(self, route: str, status: int) -> DurationHistogram:
-        """Those of the calls of one kind."""
-        found = self._durations.get((route, status))
-        if found is None:
-            found = self._durations[route, status] = DurationHistogram(_SECONDS, _SECONDS_HELP, _BUCKETS)
-        return found
+        self.seconds = defaultdict[tuple[str, int], DurationHistogram](_make_histogram)
+        """Of the calls, by route and status."""
 
     def collect(self) -> Iterator[Metric]:
         seconds = HistogramMetricFamily(_SECONDS, _SECONDS_HELP, labels=["route", "status"])
-        for (route, status), each in self._durations.items():
+        for (route, status), each in self.seconds.items():
             seconds.add_metric([route, str(status)], buckets_of(each), each.total)
         yield seconds
         for name, text, value in (
@@ -76,6 +71,10 @@ class _CallCollector(Collector):
             ("cached_tokens", "of these, expected in the chosen replica's cache", self.num_cached_tokens),
         ):
             yield CounterMetricFamily(f"headrace_router_{name}", text, value)
+
+
+def _make_histogram() -> DurationHistogram:
+    return DurationHistogram(_SECONDS, _SECONDS_HELP, _BUCKETS)
 
 
 class _ReplicaCollector(Collector):

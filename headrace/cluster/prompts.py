@@ -77,4 +77,7 @@ def _num_tokens(prompt: bytes) -> int:
 
 
 def _first_count(*values: Any) -> int | None:
-    return next((value for value in values if type(value) is int and value >= 0), None)
+    for value in values:
+        if type(value) is int and value >= 0:
+            return value
+    return None
