@@ -77,7 +77,7 @@ class Proxy:
             if generates:
                 self._metrics.count_choice(choice, ask)
             parts = RequestParts(head, body, self._options.data_key)
-            with replica.sending(choice):
+            with self._replicas.sending(replica, choice):
                 try:
                     if await self._ask(replica, parts, exchange, resumption, is_last=not left):
                         return

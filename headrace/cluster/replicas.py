@@ -64,10 +64,6 @@ class RemoteReplica:
             return self.trouble
         return f"its weights are {self.weight_version!r}, not those of the last update, {self.wanted_version!r}"
 
-    def sending(self, choice: ReplicaChoice) -> _Sending:
-        """For `with`: a request is at it inside the block."""
-        return _Sending(self, choice.num_tokens)
-
     @property
     def candidate(self) -> Candidate:
         """It as a policy sees it."""
@@ -240,6 +236,10 @@ class Replicas:
         """No replica holds what it was sent."""
         for each in self:
             self._policy.forget(each.number)
+
+    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> _Sending:
+        """For `with`: a request is at the replica inside the block."""
+        return _Sending(replica, choice.num_tokens)
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
