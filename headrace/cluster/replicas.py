@@ -242,10 +242,17 @@ class Replicas:
         return _Sending(replica, choice.num_tokens)
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
+        ready = [
+            each.candidate
+            for each in self._by_number.values()
+            if each.is_healthy and each.is_current and not each.trouble and each.number not in avoided
+        ]
+        return ready or self._offered_where_none_is_ready(avoided)
+
+    def _offered_where_none_is_ready(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
-        others = [each for each in healthy if each.number not in avoided] if avoided else healthy
-        ready = [each for each in others if not each.trouble]
-        return [each.candidate for each in ready or others or healthy]
+        others = [each for each in healthy if each.number not in avoided]
+        return [each.candidate for each in others or healthy]
 
     def _check_weights(self) -> None:
         if self._by_number and not any(each.is_current for each in self):

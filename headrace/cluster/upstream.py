@@ -52,15 +52,16 @@ class Upstream:
         return _Use(self, fresh, is_data)
 
     def take_idle(self) -> UpstreamConnection | None:
-        """A connection that waits for its next request, if there is one."""
+        """A connection that waited for its next request, if there is one; it is busy until it is given back."""
         while self._idle:
             connection = self._idle.pop()
             if connection.may_be_used_again:
+                self._busy.add(connection)
                 return connection
         return None
 
     async def connect(self) -> UpstreamConnection:
-        """A new connection. Raises `BrokenAnswerError`."""
+        """A new connection, busy until it is given back. Raises `BrokenAnswerError`."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
@@ -69,12 +70,8 @@ class Upstream:
             raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
             raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
-        return connection
-
-    def hand_out(self, connection: UpstreamConnection, *, is_data: bool) -> None:
-        """It is busy from now on, until it is given back."""
-        connection.is_data = is_data
         self._busy.add(connection)
+        return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """It is used no more, and stays if it may be used again."""
@@ -125,7 +122,7 @@ class _Use:
     async def __aenter__(self) -> UpstreamConnection:
         connection = None if self._fresh else self._upstream.take_idle()
         self._connection = connection or await self._upstream.connect()
-        self._upstream.hand_out(self._connection, is_data=self._is_data)
+        self._connection.is_data = self._is_data
         return self._connection
 
     async def __aexit__(self, *_: object) -> None:
