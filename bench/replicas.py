@@ -41,6 +41,8 @@ _SECONDS_TO_SETTLE = 1.0
 
 Sample = tuple[list[int], int]
 """A prompt, and how many tokens to generate."""
+Request = tuple[bytes, int]
+"""As it is sent, and how many tokens its prompt has."""
 
 
 def samples_of_b(length_divisor: int) -> Iterator[Sample]:
@@ -58,27 +60,38 @@ def with_common_half(samples: list[Sample]) -> list[Sample]:
     return [(common + prompt[half:], length) for prompt, length in samples]
 
 
+def request_of(sample: Sample) -> Request:
+    prompt, length = sample
+    params = {"max_new_tokens": length, "ignore_eos": True}
+    return post("/generate", {"input_ids": prompt, "sampling_params": params}), len(prompt)
+
+
 class Client:
     """Counts the tokens that it is answered."""
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self._connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.num_tokens = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
 
-    async def ask_all(self, samples: Iterator[Sample], num_at_once: int) -> None:
-        """Send them in order, so many at once."""
-        await asyncio.gather(*(self._ask_some(samples) for _ in range(num_at_once)))
+    async def connect(self, num_at_once: int) -> None:
+        """Be ready to send so many at once."""
+        self._connections = [await connect(self._port) for _ in range(num_at_once)]
 
-    async def _ask_some(self, samples: Iterator[Sample]) -> None:
-        reader, writer = await connect(self._port)
-        for prompt, length in samples:
-            params = {"max_new_tokens": length, "ignore_eos": True}
-            writer.write(post("/generate", {"input_ids": prompt, "sampling_params": params}))
+    async def ask_all(self, requests: Iterator[Request]) -> None:
+        """Send them in order, one after the other on each connection."""
+        await asyncio.gather(*(self._ask_some(requests, *each) for each in self._connections))
+
+    async def _ask_some(
+        self, requests: Iterator[Request], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        for request, num_prompt_tokens in requests:
+            writer.write(request)
             answer = json.loads(await read_body(reader))
             self.num_tokens += len(answer["output_ids"])
-            self.num_prompt_tokens += len(prompt)
+            self.num_prompt_tokens += num_prompt_tokens
             self.num_cached_tokens += answer["meta_info"]["cached_tokens"]
         writer.close()
 
@@ -92,10 +105,14 @@ class Client:
 
 async def measure_throughput(port: int, num_replicas: int, seconds: float, length_divisor: int) -> float:
     """Tokens per second."""
-    client, began = Client(port), time.monotonic()
+    client, num_at_once = Client(port), IN_FLIGHT * num_replicas
+    await client.connect(num_at_once)
+    later = map(request_of, samples_of_b(length_divisor))
+    first = list(itertools.islice(later, num_at_once))  # the first ones come at once, and are ready before
+    began = time.monotonic()
     end = began + seconds
-    samples = itertools.takewhile(lambda _: time.monotonic() < end, samples_of_b(length_divisor))
-    asking = asyncio.create_task(client.ask_all(samples, IN_FLIGHT * num_replicas))
+    requests = itertools.takewhile(lambda _: time.monotonic() < end, itertools.chain(first, later))
+    asking = asyncio.create_task(client.ask_all(requests))
     await asyncio.sleep(seconds)
     taken = time.monotonic() - began
     await client.abort_all()
@@ -109,7 +126,8 @@ async def measure_hits(port: int) -> dict[str, int]:
     plain = list(itertools.islice(samples_of_b(HIT_LENGTH_DIVISOR), 512))
     for name, samples in (("plain", plain), ("common_half", with_common_half(plain))):
         client = Client(port)
-        await client.ask_all(iter(samples), len(samples))
+        await client.connect(len(samples))
+        await client.ask_all(map(request_of, samples))
         found[name] = client.num_cached_tokens
         found[f"{name}_prompt_tokens"] = client.num_prompt_tokens
         await asyncio.sleep(_SECONDS_TO_SETTLE)
