@@ -13,32 +13,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from headrace import AsyncEngine
+from bench.paced import NUM_IDS, PacedExecutor, cluster, serve_one
 from headrace.bench.http_wire import connect, post, read_body
-from headrace.bench.models import write_config
-from headrace.core import fake_executor
 from headrace.scheduler import SchedulerLimits
-from headrace.server import serve
 from headrace.simulation.front_model import FrontCosts
 from headrace.simulation.options import SimulationOptions
 from headrace.simulation.replica_device import ReplicaDevice
 from headrace.simulation.rollouts import RolloutSource
 from headrace.simulation.simulator import Simulation
 from headrace.simulation.step_times import DeviceProfile
-from headrace.types.plan import StepPlan, StepResult
 
 SLOW_DEVICE = DeviceProfile(
     fixed=60e-3,
@@ -52,40 +43,25 @@ SLOW_DEVICE = DeviceProfile(
     kv_pool_tokens=64 * 512,
 )
 """So slow that a machine which others use is never in its way: 120 to 500 ms a step."""
-NUM_IDS = 16_000
 LOOK_SECONDS = 0.02
 
 
-class PacedExecutor(fake_executor.FreeExecutor):
-    """Answers as a free one, when a device of this model would have."""
-
-    def __init__(self, vocab_size: int, **given: Any) -> None:
-        super().__init__(vocab_size, **given)
-        page = SLOW_DEVICE.page_size
-        limits = SchedulerLimits(
-            max_running_requests=SLOW_DEVICE.max_running_requests,
-            max_waiting_requests=1,
-            max_num_batched_tokens=SLOW_DEVICE.max_num_batched_tokens,
-            context_length=1 << 12,
-            page_size=page,
-            num_pages=SLOW_DEVICE.kv_pool_tokens // page + 1,
-            prefix_cache=True,
-            overlap_depth=1,
-            vocab_size=vocab_size,
-        )
-        self._device = ReplicaDevice(SLOW_DEVICE, limits, 1, _NoEnds())  # type: ignore[arg-type]
-        self._ready: deque[float] = deque()
-        self._free_at = 0.0
-
-    def submit(self, plan: StepPlan) -> None:
-        super().submit(plan)
-        _, seconds = self._device.execute(plan)
-        self._free_at = max(time.monotonic(), self._free_at) + seconds
-        self._ready.append(self._free_at)
-
-    def collect(self) -> StepResult:
-        time.sleep(max(0.0, self._ready.popleft() - time.monotonic()))
-        return super().collect()
+def slow_executor(vocab_size: int, **given: Any) -> PacedExecutor:
+    """One whose steps take what the model of a slow device says."""
+    page = SLOW_DEVICE.page_size
+    limits = SchedulerLimits(
+        max_running_requests=SLOW_DEVICE.max_running_requests,
+        max_waiting_requests=1,
+        max_num_batched_tokens=SLOW_DEVICE.max_num_batched_tokens,
+        context_length=1 << 12,
+        page_size=page,
+        num_pages=SLOW_DEVICE.kv_pool_tokens // page + 1,
+        prefix_cache=True,
+        overlap_depth=1,
+        vocab_size=vocab_size,
+    )
+    device = ReplicaDevice(SLOW_DEVICE, limits, 1, _NoEnds())  # type: ignore[arg-type]
+    return PacedExecutor(lambda plan: device.execute(plan)[1], vocab_size, **given)
 
 
 class _NoEnds:
@@ -93,60 +69,6 @@ class _NoEnds:
 
     def __getitem__(self, seed: int) -> int:
         return 1 << 40
-
-
-def serve_one() -> None:
-    """A replica, until its parent ends it."""
-    fake_executor.FreeExecutor = PacedExecutor  # type: ignore[misc]
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
-        names = ("max_running_requests", "max_num_batched_tokens", "kv_pool_tokens", "page_size")
-        settings = {name: getattr(SLOW_DEVICE, name) for name in names}
-        folder = write_config(Path(scratch), "small")
-        engine = AsyncEngine(
-            folder,
-            executor="free",
-            inprocess=True,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            progress=False,
-            overlap_depth=1,
-            **settings,
-        )
-        server = asyncio.run_coroutine_threadsafe(serve(engine), engine.loop).result()
-        print(f"url={server.url}", flush=True)
-        sys.stdin.read()
-        engine.close()
-
-
-@contextlib.contextmanager
-def cluster(num_replicas: int) -> Iterator[int]:
-    """The port of a router in front of so many."""
-    processes = []
-    try:
-        for _ in range(num_replicas):
-            processes.append(_start("-m", "bench.simulated_cluster", "--serve"))
-        urls = [_url(process) for process in processes]
-        processes.append(_start("-m", "headrace", "router", *urls, "--port", "0"))
-        port = int(_url(processes[-1]).rpartition(":")[2])
-        time.sleep(2.5)  # every replica is looked at
-        yield port
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-            process.wait(30)
-
-
-def _start(*words: str) -> subprocess.Popen[str]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *words], text=True, **pipes)  # type: ignore[call-overload, no-any-return]
-
-
-def _url(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "url=http" in line:
-            return line.partition("url=")[2].split()[0]
-    raise SystemExit("a process ended before it had an address")
 
 
 async def measure(port: int, options: SimulationOptions, num_groups: int) -> tuple[list[float], int, float]:
@@ -201,7 +123,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve_one()
+        names = ("max_running_requests", "max_num_batched_tokens", "kv_pool_tokens", "page_size")
+        serve_one(slow_executor, **{name: getattr(SLOW_DEVICE, name) for name in names})
         return
     found = []
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
@@ -218,7 +141,7 @@ def main() -> None:
             steps=1,
         )
         for number in map(int, arguments.replicas.split(",")):
-            with cluster(number) as port:
+            with cluster(("-m", "bench.simulated_cluster", "--serve"), number) as port:
                 ends, num_tokens, passed = asyncio.run(measure(port, options, options.num_groups(number)))
             seconds = ends[-1]
             costs = FrontCosts(request=passed / len(ends), compare=0.0, offer=0.0)

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Sequence
 
 from headrace.cli.flags import add_flags, given, with_keys
+from headrace.cluster import event_loop
 from headrace.cluster.options import RouterOptions
 from headrace.telemetry import LogContext, configure_logging
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = RouterOptions.from_dict(with_keys(given(arguments, RouterOptions, rename=_RENAMED), _KEYS))
     options.check_address(arguments.host)
     with listen(arguments.host, arguments.port) as listener:
-        return asyncio.run(_route(arguments.urls, arguments.host, listener, options))
+        return event_loop.run(_route(arguments.urls, arguments.host, listener, options))
 
 
 async def _route(urls: Sequence[str], host: str, listener: socket.socket, options: RouterOptions) -> int:
@@ -56,7 +57,8 @@ async def _route(urls: Sequence[str], host: str, listener: socket.socket, option
     await router.start(listener)
     gc.collect()
     gc.freeze()  # what is loaded by now stays, and need not be walked again
-    logger.info("routing", extra={"fields": {"url": url_of(listener, host), "replicas": len(router.replicas)}})
+    fields = {"url": url_of(listener, host), "replicas": len(router.replicas), "loop": type(loop).__module__}
+    logger.info("routing", extra={"fields": fields})
     if not urls:
         logger.warning("no replica is given: requests wait, then get 503, until POST /workers names one")
     await signalled.wait()

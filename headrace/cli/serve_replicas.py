@@ -17,6 +17,7 @@ from typing import Any
 
 from headrace.cli.flags import add_flags, flag_names, given
 from headrace.cli.owner import Owner
+from headrace.cluster import event_loop
 from headrace.cluster.fleet_options import FleetOptions
 from headrace.cluster.options import RouterOptions
 from headrace.config import EngineConfig
@@ -82,7 +83,7 @@ def serve_replicas(
     for_router |= {name: getattr(options, name) for name in (*_SHARED, *_BOUNDS)}
     for_router["control_timeout"] = config.control_timeout
     for_router["streams_new"] = options.incremental_streaming_output
-    return asyncio.run(_serve(config, settings, for_router, fleet_options(fleet), listener, host, owner))
+    return event_loop.run(_serve(config, settings, for_router, fleet_options(fleet), listener, host, owner))
 
 
 async def _serve(

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from headrace.cluster.asking import ReplicaAnswer, ask_each
-from headrace.cluster.http_parts import Head
+from headrace.cluster.http_parts import own_request
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.updates import WeightUpdates
@@ -133,7 +133,7 @@ class CatchUp:
             return self._replicas.confirm(replica, number)
 
     async def _call(self, replica: RemoteReplica, name: str, ask: dict[str, Any]) -> ReplicaAnswer:
-        head = Head([_TYPE], 0, True, "POST", f"{PREFIX}/{name}".encode())
+        head = own_request("POST", f"{PREFIX}/{name}", _TYPE)
         bodies = {replica: msgspec.msgpack.encode(ask)}
         (answer,) = await ask_each(head, bodies, self._options.admin_key, self._options.control_timeout)
         return answer

@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_alike
 from headrace.cluster.front import Exchange
-from headrace.cluster.http_parts import Head
+from headrace.cluster.http_parts import Head, own_request
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.server.errors import body_of
@@ -27,8 +27,8 @@ _OK = 200
 _LOOK_SECONDS = 2.0
 _UNDO_SECONDS = 5.0
 _PAUSES = frozenset(("/pause_generation", "/pause", f"{PREFIX}/pause"))
-_IS_PAUSED = Head([], 0, True, "GET", b"/is_paused")
-_RESUME = Head([(b"content-type", b"application/json")], 0, True, "POST", b"/continue_generation")
+_IS_PAUSED = own_request("GET", "/is_paused")
+_RESUME = own_request("POST", "/continue_generation", (b"content-type", b"application/json"))
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 _EMPTIES_CACHES = frozenset(

@@ -132,7 +132,6 @@ class ClientConnection(asyncio.Protocol):
         self._head: Head | None = None
         self._chunks: ChunkReader | None = None
         self._chunk_parts: list[bytes] = []
-        self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._is_full = self._is_lost = self._is_lingering = False
@@ -240,7 +239,8 @@ class ClientConnection(asyncio.Protocol):
             return
         self._head = head
         self._chunks = ChunkReader(self.front.bounds.max_body_bytes) if head.body_size is None else None
-        self._wait(self.front.bounds.body_timeout)
+        if head.body_size is None or len(self._buffer) < head.body_size:
+            self._wait(self.front.bounds.body_timeout)
         if head.header(b"expect").lower() == b"100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -262,16 +262,20 @@ class ClientConnection(asyncio.Protocol):
         return body
 
     def _begin(self, head: Head, body: bytes) -> None:
-        self._exchange = Exchange(self, head)
-        self._task = self._loop.create_task(self.front.handler.answer(head, body, self._exchange))
-        self._task.add_done_callback(self._finish)
+        self._task = self._loop.create_task(self._answer(head, body, Exchange(self, head)))
 
-    def _finish(self, task: asyncio.Task[None]) -> None:
-        """A request is answered, or not."""
-        exchange, self._task, self._head = cast(Exchange, self._exchange), None, None
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
+    async def _answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
+        """Have a request answered; what follows from that is done here, without a further turn of the loop."""
+        try:
+            await self.front.handler.answer(head, body, exchange)
+        except Exception as error:
             self._tell(exchange, error)
+        finally:
+            self._finish(exchange)
+
+    def _finish(self, exchange: Exchange) -> None:
+        """A request is answered, or not."""
+        self._task = self._head = None
         if self._is_lost:
             return
         if not exchange.is_complete:
@@ -281,7 +285,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._go_on()
 
-    def _tell(self, exchange: Exchange, error: BaseException) -> None:
+    def _tell(self, exchange: Exchange, error: Exception) -> None:
         """Answer with an error, where nothing is said yet."""
         if not isinstance(error, HeadraceError):
             logger.error("a request failed", exc_info=error)

@@ -37,7 +37,7 @@ _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKL
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,12})[ \t]*(?:;[^\r\n]*)?")
-_REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+_STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}".encode() for each in http.HTTPStatus}
 
 
 class FramingError(Exception):
@@ -61,14 +61,15 @@ class Head(msgspec.Struct, frozen=True):
     """HTTP/1.0, which knows no chunks."""
     status: int = 0
     ends_with_connection: bool = False
-
-    @property
-    def path(self) -> str:
-        return self.target.partition(b"?")[0].decode("ascii")
+    path: str = ""
+    """What the target begins with, up to a question mark."""
 
     def header(self, name: bytes) -> bytes:
         """Its value; b"" where there is none."""
-        return next((value for key, value in self.headers if key == name), b"")
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return b""
 
 
 def parse_request(raw: bytes) -> Head:
@@ -78,13 +79,18 @@ def parse_request(raw: bytes) -> Head:
     if found is None:
         raise FramingError("this is no request line of HTTP/1.1 with a path")
     method, target, minor = found.groups()
-    headers = _parse_headers(raw, lines)
-    size = _body_size(headers)
-    is_old = minor == b"0"
+    headers, fields = _parse_headers(raw, lines)
+    size, is_old = _body_size(fields), minor == b"0"
     if is_old and size is None:
         raise FramingError("HTTP/1.0 knows no transfer-encoding")
-    keeps_alive = _keeps_alive(headers, is_old)
-    return Head(headers, 0 if size == -1 else size, keeps_alive, method.decode(), target, is_old)
+    keeps_alive = _keeps_alive(fields, is_old)
+    path = target.partition(b"?")[0].decode()
+    return Head(headers, 0 if size == -1 else size, keeps_alive, method.decode(), target, is_old, path=path)
+
+
+def own_request(method: str, path: str, *headers: tuple[bytes, bytes]) -> Head:
+    """The head of a request that no client has sent."""
+    return Head([*headers], 0, True, method, path.encode(), path=path)
 
 
 def parse_answer(raw: bytes) -> Head:
@@ -94,44 +100,49 @@ def parse_answer(raw: bytes) -> Head:
     if found is None:
         raise FramingError("this is no status line of HTTP/1.1")
     status, is_old = int(found[2]), found[1] == b"0"
-    headers = _parse_headers(raw, lines)
-    size = 0 if status < 200 or status in (204, 304) else _body_size(headers)
+    headers, fields = _parse_headers(raw, lines)
+    size = 0 if status < 200 or status in (204, 304) else _body_size(fields)
     ends = size == -1
-    keeps_alive = not ends and _keeps_alive(headers, is_old)
+    keeps_alive = not ends and _keeps_alive(fields, is_old)
     return Head(headers, None if ends else size, keeps_alive, status=status, is_old=is_old, ends_with_connection=ends)
 
 
-def _parse_headers(raw: bytes, lines: list[bytes]) -> Headers:
+def _parse_headers(raw: bytes, lines: list[bytes]) -> tuple[Headers, dict[bytes, bytes]]:
+    """The headers, and their values by name: of one that comes several times all, with commas between them, as the
+    standard reads them."""
     if len(lines) > MAX_HEADERS:
         raise FramingError("too many headers", 431)
-    if b"\0" in raw or raw.count(b"\n") != len(lines) or raw.count(b"\r") != len(lines):
+    if len(raw.translate(None, b"\0\r\n")) != len(raw) - 2 * len(lines):  # more of these than end the lines
         raise FramingError("a header holds what no line may")
-    headers = []
+    headers, fields = [], dict[bytes, bytes]()
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not name or name.translate(None, _TOKEN_BYTES):
+        if not (name and colon):
             raise FramingError("this is no header")
-        headers.append((name.lower(), value.strip(b" \t")))
-    return headers
+        name, value = name.lower(), value.strip(b" \t")
+        headers.append((name, value))
+        fields[name] = fields[name] + b"," + value if name in fields else value
+    if b"".join(fields).translate(None, _TOKEN_BYTES):
+        raise FramingError("this is no name of a header")
+    return headers, fields
 
 
-def _body_size(headers: Headers) -> int | None:
+def _body_size(fields: dict[bytes, bytes]) -> int | None:
     """Bytes of the body; None: it comes in chunks; -1: nothing is said."""
-    sizes = [value for name, value in headers if name == b"content-length"]
-    codings = [value for name, value in headers if name == b"transfer-encoding"]
-    if codings:
-        if sizes or len(codings) > 1 or codings[0].lower() != b"chunked":
+    size, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        if size is not None or coding.lower() != b"chunked":
             raise FramingError("transfer-encoding must be chunked, without a content-length")
         return None
-    if not sizes:
+    if size is None:
         return -1
-    if len(sizes) > 1 or not sizes[0].isdigit() or len(sizes[0]) > 15:
+    if not size.isdigit() or len(size) > 15:
         raise FramingError("content-length must be one number")
-    return int(sizes[0])
+    return int(size)
 
 
-def _keeps_alive(headers: Headers, is_old: bool) -> bool:
-    said = b",".join(value for name, value in headers if name == b"connection").lower()
+def _keeps_alive(fields: dict[bytes, bytes], is_old: bool) -> bool:
+    said = fields.get(b"connection", b"").lower()
     return b"keep-alive" in said if is_old else b"close" not in said
 
 
@@ -202,11 +213,11 @@ class ChunkReader:
 
 def write_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """A head, with the empty line at its end."""
-    return b"".join((first, b"\r\n", *(b"%b: %b\r\n" % header for header in headers), b"\r\n"))
+    return b"\r\n".join((first, *map(b": ".join, headers), b"", b""))
 
 
 def status_line(status: int) -> bytes:
-    return b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Status"))
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d Status" % status
 
 
 def in_chunk(data: bytes) -> bytes:

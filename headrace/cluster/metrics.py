@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from headrace.cluster.policies import Ask, ReplicaChoice
 from headrace.cluster.replicas import Replicas
+from headrace.server.metrics import buckets_of
+from headrace.telemetry import DurationHistogram
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = "headrace_router_request_seconds"
+_SECONDS_HELP = "calls by route and status, from the whole request to the end of the answer"
 _BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -21,29 +26,22 @@ class RouterMetrics:
     def __init__(self, replicas: Replicas) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_ReplicaCollector(replicas))
-        self._latency = Histogram(
-            "headrace_router_request_seconds",
-            "calls by route and status, from the whole request to the end of the answer",
-            ["route", "status"],
-            buckets=_BUCKETS,
-            registry=self._registry,
-        )
+        self._calls = _CallCollector()
+        self._registry.register(self._calls)
         self.retries = self._counter("retries", "data calls that were asked of another replica")
         self.broken_streams = self._counter("broken_streams", "streams that a replica broke off")
         self.resumptions = self._counter("resumptions", "generations that went on at another replica")
         self.updates = self._counter("updates", "updates that have returned: fences")
         self.disconnects = self._counter("disconnects", "clients gone before their answer was complete")
-        self._prompt_tokens = self._counter("prompt_tokens", "tokens of prompts, as estimated")
-        self._cached_tokens = self._counter("cached_tokens", "of these, expected in the chosen replica's cache")
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         """A call was answered, with status 0 not to its end."""
-        self._latency.labels(route, status).observe(seconds)
+        self._calls.seconds[route, status].observe(seconds)
 
     def count_choice(self, choice: ReplicaChoice, ask: Ask) -> None:
         """A request is sent."""
-        self._prompt_tokens.inc(ask.num_prompt_tokens)
-        self._cached_tokens.inc(choice.num_cached_tokens)
+        self._calls.num_prompt_tokens += ask.num_prompt_tokens
+        self._calls.num_cached_tokens += choice.num_cached_tokens
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -51,6 +49,32 @@ class RouterMetrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"headrace_router_{name}", text, registry=self._registry)
+
+
+class _CallCollector(Collector):
+    """What each data call adds to: numbers, which cost it far less than counters of Prometheus, and are such only when
+    somebody asks."""
+
+    def __init__(self) -> None:
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.seconds = defaultdict[tuple[str, int], DurationHistogram](_make_histogram)
+        """Of the calls, by route and status."""
+
+    def collect(self) -> Iterator[Metric]:
+        seconds = HistogramMetricFamily(_SECONDS, _SECONDS_HELP, labels=["route", "status"])
+        for (route, status), each in self.seconds.items():
+            seconds.add_metric([route, str(status)], buckets_of(each), each.total)
+        yield seconds
+        for name, text, value in (
+            ("prompt_tokens", "tokens of prompts, as estimated", self.num_prompt_tokens),
+            ("cached_tokens", "of these, expected in the chosen replica's cache", self.num_cached_tokens),
+        ):
+            yield CounterMetricFamily(f"headrace_router_{name}", text, value)
+
+
+def _make_histogram() -> DurationHistogram:
+    return DurationHistogram(_SECONDS, _SECONDS_HELP, _BUCKETS)
 
 
 class _ReplicaCollector(Collector):

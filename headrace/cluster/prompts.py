@@ -41,26 +41,30 @@ class _Body(msgspec.Struct):
     token_ids: msgspec.Raw = _NONE
     prompts: msgspec.Raw = _NONE
     tools: msgspec.Raw = _NONE
-    sampling_params: msgspec.Raw = _NONE
+    sampling_params: _Sampling | None = None
     max_tokens: Any = None
     max_completion_tokens: Any = None
     n: Any = None
 
 
 _decode = msgspec.json.Decoder(_Body).decode
-_decode_sampling = msgspec.json.Decoder(_Sampling).decode
+_NO_SAMPLING = _Sampling()
 
 
 def read_ask(headers: Headers, body: bytes) -> Ask:
     """What there is to say of a request."""
-    key = next((value for name, value in headers if name in ROUTING_KEY_HEADERS), b"").decode("latin-1")
+    key = ""
+    for name, value in headers:
+        if name in ROUTING_KEY_HEADERS:
+            key = value.decode("latin-1")
+            break
     if len(body) > MAX_READ_BYTES:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     try:
         found = _decode(body)
-        sampling = _decode_sampling(found.sampling_params) if found.sampling_params else _Sampling()
     except DECODE_ERRORS:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
+    sampling = found.sampling_params or _NO_SAMPLING
     prompt = bytes(found.tools) + bytes(
         found.input_ids or found.text or found.prompt or found.messages or found.token_ids or found.prompts
     )
@@ -77,4 +81,7 @@ def _num_tokens(prompt: bytes) -> int:
 
 
 def _first_count(*values: Any) -> int | None:
-    return next((value for value in values if type(value) is int and value >= 0), None)
+    for value in values:
+        if type(value) is int and value >= 0:
+            return value
+    return None

@@ -5,7 +5,6 @@ it, and whether its weights are current. Sends nothing itself: `health` looks, `
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -69,6 +68,23 @@ class RemoteReplica:
     def candidate(self) -> Candidate:
         """It as a policy sees it."""
         return Candidate(self.number, self.num_requests, self.num_tokens)
+
+
+class _Sending:
+    """Counts a request, and the tokens expected of it, while it is at a replica."""
+
+    def __init__(self, replica: RemoteReplica, num_tokens: int) -> None:
+        self._replica = replica
+        self._num_tokens = num_tokens
+
+    def __enter__(self) -> None:
+        self._replica.num_requests += 1
+        self._replica.num_tokens += self._num_tokens
+        self._replica.num_sent += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._replica.num_requests -= 1
+        self._replica.num_tokens -= self._num_tokens
 
 
 class Replicas:
@@ -221,27 +237,22 @@ class Replicas:
         for each in self:
             self._policy.forget(each.number)
 
-    @contextlib.contextmanager
-    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> Iterator[None]:
-        """A request is at the replica inside the block."""
-        replica.num_requests += 1
-        replica.num_tokens += choice.num_tokens
-        replica.num_sent += 1
-        try:
-            yield
-        finally:
-            replica.num_requests -= 1
-            replica.num_tokens -= choice.num_tokens
+    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> _Sending:
+        """For `with`: a request is at the replica inside the block."""
+        return _Sending(replica, choice.num_tokens)
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
+        ready = [
+            each.candidate
+            for each in self._by_number.values()
+            if each.is_healthy and each.is_current and not each.trouble and each.number not in avoided
+        ]
+        return ready or self._offered_where_none_is_ready(avoided)
+
+    def _offered_where_none_is_ready(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
-        for offered in (
-            [each for each in healthy if each.is_ready and each.number not in avoided],
-            [each for each in healthy if each.number not in avoided],
-        ):
-            if offered:
-                return [each.candidate for each in offered]
-        return [each.candidate for each in healthy]
+        others = [each for each in healthy if each.number not in avoided]
+        return [each.candidate for each in others or healthy]
 
     def _check_weights(self) -> None:
         if self._by_number and not any(each.is_current for each in self):

@@ -217,14 +217,14 @@ class Resumption:
 
 def resumption_of(path: str, body: bytes, mode: ResumeMode, *, streams_new: bool = False) -> Resumption | None:
     """How this request could go on elsewhere: one sample of one prompt of token ids. None for all else."""
-    if path != PATH or mode == "off":
+    if path != PATH or mode == "off" or mode == "streams" and not _wants_stream(body):
         return None
     try:
         asked = msgspec.json.decode(body, type=dict[str, Any])
     except DECODE_ERRORS:
         return None
     ids, params, is_stream = asked.get("input_ids"), asked.get("sampling_params") or {}, asked.get("stream") is True
-    is_one = isinstance(ids, list) and ids and all(type(each) is int for each in ids)
+    is_one = isinstance(ids, list) and set(map(type, ids)) == {int}
     if (
         not is_one
         or not isinstance(params, dict)
@@ -232,12 +232,27 @@ def resumption_of(path: str, body: bytes, mode: ResumeMode, *, streams_new: bool
         or not _are_counts(asked, params)
     ):
         return None
-    if not is_stream and (mode != "all" or asked.get("stream")):
+    if not is_stream and asked.get("stream"):
         return None
     said = asked.get("incremental_streaming_output")
     return Resumption(
         asked, is_whole=not is_stream, is_incremental=not is_stream or (streams_new if said is None else said is True)
     )
+
+
+class _Wanted(msgspec.Struct):
+    stream: Any = None
+
+
+_decode_wanted = msgspec.json.Decoder(_Wanted).decode
+
+
+def _wants_stream(body: bytes) -> bool:
+    """Whether the answer is a stream; all else in `body` is passed over, which is far less work than to read it."""
+    try:
+        return _decode_wanted(body).stream is True
+    except DECODE_ERRORS:
+        return False
 
 
 def _are_counts(asked: dict[str, Any], params: dict[str, Any]) -> bool:

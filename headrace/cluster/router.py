@@ -102,7 +102,10 @@ class ReplicaRouter:
         route = route_of(head.path)
         needed = "data" if route is None else route.access
         body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
-        return body or _misdirected(head, route) or self._refusal_while_draining(route)
+        body = body or _misdirected(head, route)
+        if body is None and self._own.is_draining and route is not None and route.treatment != "own":
+            return body_of(ShutdownError("the router is shutting down"))
+        return body
 
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """See `Handler`."""
@@ -131,11 +134,6 @@ class ReplicaRouter:
         finally:
             if route.treatment == "generate":
                 self._metrics.observe(path, exchange.status if exchange.is_complete else 0, clock() - began)
-
-    def _refusal_while_draining(self, route: RouterRoute | None) -> dict[str, Any] | None:
-        if not self._own.is_draining or route is None or route.treatment == "own":
-            return None
-        return body_of(ShutdownError("the router is shutting down"))
 
 
 def _misdirected(head: Head, route: RouterRoute | None) -> dict[str, Any] | None:

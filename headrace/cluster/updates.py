@@ -20,7 +20,7 @@ import msgspec
 from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_alike
 from headrace.cluster.fan_out import reply_json
 from headrace.cluster.front import Exchange
-from headrace.cluster.http_parts import Head
+from headrace.cluster.http_parts import Head, own_request
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas
@@ -173,7 +173,7 @@ class WeightUpdates:
 
     async def give_up(self, replicas: Collection[RemoteReplica]) -> None:
         """Have those that failed drop what they have of the update, or the next one would find it there."""
-        head = Head([_JSON], 0, True, "POST", b"/abort_weight_update")
+        head = own_request("POST", "/abort_weight_update", _JSON)
         bodies = {each: b"{}" for each in replicas if each.is_healthy}
         answers = await ask_each(head, bodies, self._options.admin_key, _GIVE_UP_SECONDS)
         for each in answers:

@@ -7,8 +7,6 @@ HTTP/1.1 by hand: a library's client costs several times what the router may add
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from typing import cast
 
 from headrace.cluster.http_parts import MAX_CHUNK_BYTES, MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
@@ -47,23 +45,42 @@ class Upstream:
         self._busy: set[UpstreamConnection] = set()
         self._is_closed = False
 
-    @contextlib.asynccontextmanager
-    async def connection(self, *, fresh: bool = False, is_data: bool = True) -> AsyncIterator[UpstreamConnection]:
-        """A connection for one request and its answer, idle ones first unless a `fresh` one is wanted; `is_data` if
-        `cut_data` is to end it. It is closed when the block is left before the answer is complete. Raises
-        `BrokenAnswerError` when none can be had."""
-        connection = (None if fresh else self._take_idle()) or await self._connect()
-        connection.is_data = is_data
-        self._busy.add(connection)
+    def connection(self, *, fresh: bool = False, is_data: bool = True) -> _Use:
+        """For `async with`: a connection for one request and its answer, idle ones first unless a `fresh` one is
+        wanted; `is_data` if `cut_data` is to end it. It is closed when the block is left before the answer is complete.
+        Raises `BrokenAnswerError` when none can be had."""
+        return _Use(self, fresh, is_data)
+
+    def take_idle(self) -> UpstreamConnection | None:
+        """A connection that waited for its next request, if there is one; it is busy until it is given back."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.may_be_used_again:
+                self._busy.add(connection)
+                return connection
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """A new connection, busy until it is given back. Raises `BrokenAnswerError`."""
+        loop = asyncio.get_running_loop()
         try:
-            yield connection
-        finally:
-            self._busy.discard(connection)
-            if connection.may_be_used_again and not self._is_closed:
-                connection.rest()
-                self._idle.append(connection)
-            else:
-                connection.abort()
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await loop.create_connection(UpstreamConnection, *self._address)
+        except TimeoutError:
+            raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
+        except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+            raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
+        self._busy.add(connection)
+        return connection
+
+    def give_back(self, connection: UpstreamConnection) -> None:
+        """It is used no more, and stays if it may be used again."""
+        self._busy.discard(connection)
+        if connection.may_be_used_again and not self._is_closed:
+            connection.is_reused = True
+            self._idle.append(connection)
+        else:
+            connection.abort()
 
     def look(self, now: float) -> None:
         """End the waits that are too long, and connections that nobody needs. To be called about every second."""
@@ -93,23 +110,23 @@ class Upstream:
         while self._idle:
             self._idle.pop().abort()
 
-    def _take_idle(self) -> UpstreamConnection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.may_be_used_again:
-                return connection
-        return None
 
-    async def _connect(self) -> UpstreamConnection:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(UpstreamConnection, *self._address)
-        except TimeoutError:
-            raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
-        except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
-            raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
-        return connection
+class _Use:
+    """One use of a connection. A class, since a generator would cost a request more than all else of it."""
+
+    def __init__(self, upstream: Upstream, fresh: bool, is_data: bool) -> None:
+        self._upstream = upstream
+        self._fresh = fresh
+        self._is_data = is_data
+
+    async def __aenter__(self) -> UpstreamConnection:
+        connection = None if self._fresh else self._upstream.take_idle()
+        self._connection = connection or await self._upstream.connect()
+        self._connection.is_data = self._is_data
+        return self._connection
+
+    async def __aexit__(self, *_: object) -> None:
+        self._upstream.give_back(self._connection)
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -127,8 +144,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._error: HeadraceError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._is_paused = False
-        self._is_reused = False
+        self.is_reused = False
         self.used_at = self._loop.time()
+        """When something came or was sent last."""
         self.has_begun = False
         self.is_data = True
 
@@ -172,11 +190,6 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.resume_reading()
         return part
 
-    def rest(self) -> None:
-        """It waits for its next request."""
-        self._is_reused = True
-        self.used_at = self._loop.time()
-
     def fail(self, error: HeadraceError) -> None:
         """Have whoever waits for the answer see `error`."""
         if self._error is None:
@@ -210,7 +223,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_complete = self._is_complete or ends_well
         if self._error is None:
             message = "the connection to the replica broke" if self.has_begun else "the replica closed the connection"
-            self._error = BrokenAnswerError(message, had_begun=self.has_begun, was_idle=self._is_reused)
+            self._error = BrokenAnswerError(message, had_begun=self.has_begun, was_idle=self.is_reused)
         self._wake()
 
     async def _next(self) -> None:

@@ -68,7 +68,11 @@ class _EngineCollector(Collector):
             yield metric
         for each in self.histograms:
             of_histogram = HistogramMetricFamily(each.name, each.help, labels=list(self.labels))
-            bounds = (*map(str, map(float, each.bounds)), "+Inf")
-            buckets = list(zip(bounds, itertools.accumulate(each.counts), strict=True))
-            of_histogram.add_metric(list(self.labels.values()), buckets, each.total)
+            of_histogram.add_metric(list(self.labels.values()), buckets_of(each), each.total)
             yield of_histogram
+
+
+def buckets_of(histogram: DurationHistogram) -> list[tuple[str, float]]:
+    """As Prometheus has them: each bound, and how many do not exceed it."""
+    bounds = (*map(str, map(float, histogram.bounds)), "+Inf")
+    return list(zip(bounds, itertools.accumulate(histogram.counts), strict=True))

@@ -37,6 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert process.stderr is not None
             told = [json.loads(process.stderr.readline()) for _ in range(2)]
             assert {each["message"].partition(" ")[0] for each in told} == {"routing", "replica-0"}
+            assert next(each["loop"] for each in told if "loop" in each).startswith("uvloop")
             yield next(each["url"] for each in told if "url" in each)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
