@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from safetensors import safe_open
 
 from headrace import Engine, serve
 from headrace.cluster import groups
 from headrace.server import ServerHandle
+from headrace.types.carried import CarriedPart
 from tests.arch.source import ROOT, child_environment
 from tests.cluster.test_weights import RouterThread
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_restart import pid_of
 from tests.server.builders import SETTINGS, save_random_model
+from tests.server.test_carried import frames_of
 from tests.server.vllm_client import free_port
 
 GROUP = "slime-pp_0"
@@ -203,6 +206,20 @@ def digest_of_bfloat16(folder: Path) -> dict[str, str]:
         return cold.digest()
 
 
+def check_that_a_stream_says_it(url: str, pid: int) -> None:
+    """Kill the process of an engine in the middle of a stream: a router hears that it may go on elsewhere."""
+    body = {"prompt": "a", "max_tokens": 900, "stream": True, "ignore_eos": True}
+    headers = {"x-headrace-carry": "streams"}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as reply:
+        chunks = reply.iter_raw()
+        raw = next(chunks)
+        os.kill(pid, signal.SIGKILL)
+        raw += b"".join(chunks)
+    parts = [msgspec.msgpack.decode(each, type=CarriedPart) for each in frames_of(raw)]
+    is_lost = [each.is_lost for each in parts]
+    assert parts[0].num_pieces and is_lost.index(True) == len(parts) - 2 and b"EngineDeadError" in parts[-2].told
+
+
 def test_one_that_is_killed_in_an_update(
     trainer: TrainerProcess, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +231,7 @@ def test_one_that_is_killed_in_an_update(
         assert slime.init().status_code == 200
         half = len(slime.names) // 2
         assert slime.bucket(slime.names[:half], "7").json()["success"] is True
-        os.kill(pid_of(found.engines[1]), signal.SIGKILL)
+        check_that_a_stream_says_it(found.handles[1].url, pid_of(found.engines[1]))
         failed = slime.announce(slime.names[half:], "7").result(60)
         assert failed.json()["success"] is False and "replica-1" in failed.text
         assert slime.versions() == {"default"}
