@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import openai
+import pytest
 
 from headrace import AsyncClient, Runtime
 from headrace.types.errors import HeadraceError
@@ -207,6 +208,7 @@ class Story:
                 self.counts["kills"] += 1
 
 
+@pytest.mark.timeout(SECONDS + 240)
 def test_no_call_is_lost_or_doubled_and_no_fenced_token_answers(tmp_path: Path) -> None:
     folders = [save_random_model(tmp_path / str(seed), seed) for seed in range(2)]
     settings: dict[str, Any] = {**SETTINGS, "dp_size": NUM_REPLICAS, "policy": "round_robin", "resume": "all"}
