@@ -44,6 +44,7 @@ _TREATMENTS: dict[Treatment, str] = {
     "fan_out": "all",
     "agree": "agree",
     "update": "all, fenced",
+    "group": "all, fenced",
     "session": "all, fenced",
     "own": "router",
     "refuse": "refused",

@@ -28,7 +28,7 @@ _SHARED = ("api_key", "admin_api_key", "allowed_hosts", "insecure")
 _OF_FRONT = frozenset((*_SHARED, "api_key_file", "admin_api_key_file"))
 _BOUNDS = ("max_body_bytes", "body_timeout", "write_timeout", "drain_timeout")
 _NOT_FLAGS = frozenset(ServerOptions.__struct_fields__) | frozenset(EngineConfig.__struct_fields__)
-_IS_THEIRS = ("replica_", "streams_new")
+_IS_THEIRS = ("replica_",)
 _SKIPPED = tuple(name for name in RouterOptions.__struct_fields__ if name in _NOT_FLAGS or name.startswith(_IS_THEIRS))
 _OWN = tuple(name for name in RouterOptions.__struct_fields__ if name not in _SKIPPED)
 NAMES = (*FleetOptions.__struct_fields__, *_OWN)
@@ -82,7 +82,6 @@ def serve_replicas(
     for_router = {name: fleet[name] for name in fleet if name in _OWN}
     for_router |= {name: getattr(options, name) for name in (*_SHARED, *_BOUNDS)}
     for_router["control_timeout"] = config.control_timeout
-    for_router["streams_new"] = options.incremental_streaming_output
     return event_loop.run(_serve(config, settings, for_router, fleet_options(fleet), listener, host, owner))
 
 

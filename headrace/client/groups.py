@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 from headrace.client.calls import limit_of
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
 from headrace.engine.control import seconds_of
-from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT, Backend
+from headrace.engine.groups import DEFAULT_JOIN_TIMEOUT, Backend
 from headrace.engine.update_session import UpdateSession, check_session
 from headrace.types.http import StageGroupAsk
-from headrace.types.weights import InFlight, UpdateMode, UpdateReport
+from headrace.types.weights import DEFAULT_GROUP, InFlight, UpdateMode, UpdateReport
 
 if TYPE_CHECKING:
     from headrace.client.async_client import AsyncClient

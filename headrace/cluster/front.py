@@ -75,6 +75,8 @@ class Exchange:
         self.has_begun = False
         self.is_complete = False
         self.status = 0
+        self.media_type = b""
+        """Of an answer whose length is not known."""
 
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer."""
@@ -93,6 +95,7 @@ class Exchange:
     def begin(self, status: int, headers: Headers) -> None:
         """The head of an answer whose length is not known."""
         self.status, self.has_begun = status, True
+        self.media_type = next((value for name, value in headers if name == b"content-type"), b"")
         self._has_body = self._head.method != "HEAD"
         self._is_chunked = self._has_body and not self._head.is_old
         if self._is_chunked:

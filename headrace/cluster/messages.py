@@ -1,15 +1,21 @@
 """What a router sends to a replica: the client's own request under the router's headers. Owns which headers are passed
-on. Bodies are never touched."""
+on."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers, write_head
 from headrace.cluster.replicas import RemoteReplica
 from headrace.cluster.upstream import BrokenAnswerError, Upstream
+from headrace.types.carried import CARRIED_HEADER, CARRY_HEADER, CONTINUES_HEADER
 
-_NOT_SENT_ON = HOP_HEADERS | {b"host", b"content-length", b"origin", b"sec-fetch-site", b"authorization"}
+_NOT_SENT_ON = HOP_HEADERS | {
+    *(b"host", b"content-length", b"origin", b"sec-fetch-site", b"authorization"),
+    *(CARRY_HEADER, CONTINUES_HEADER),
+}
 """What a page of a browser sends is judged here: a replica knows another name, by which all pages are strangers."""
-_NOT_PASSED_BACK = HOP_HEADERS | {b"content-length", b"x-headrace-instance"}
+_NOT_PASSED_BACK = HOP_HEADERS | {b"content-length", b"x-headrace-instance", CARRIED_HEADER}
 MAX_WHOLE_BYTES = 256 << 20
 """Of an answer that is read to its end before anything is done with it."""
 REPLICA_HEADER = b"x-headrace-replica"
@@ -19,9 +25,10 @@ INSTANCE_HEADER = b"x-headrace-instance"
 
 
 class RequestParts:
-    """A request, to be written for whichever replica it goes to. With `key` None the client's own is sent on."""
+    """A request, to be written for whichever replica it goes to, with headers that are `added`. With `key` None the
+    client's own is sent on."""
 
-    def __init__(self, head: Head, body: bytes, key: str | None) -> None:
+    def __init__(self, head: Head, body: bytes, key: str | None, added: Sequence[tuple[bytes, bytes]] = ()) -> None:
         method = "GET" if head.method == "HEAD" else head.method  # whose answer says how long it is, and has no body
         self._first = b"%b %b HTTP/1.1" % (method.encode(), head.target)
         self.body = body
@@ -31,7 +38,7 @@ class RequestParts:
             headers.append((b"authorization", authorization))
         if body or method not in ("GET", "DELETE"):
             headers.append((b"content-length", b"%d" % len(body)))
-        self._headers = headers
+        self._headers = [*headers, *added]
 
     def head_for(self, replica: RemoteReplica) -> bytes:
         """The head of the request."""

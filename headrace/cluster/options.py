@@ -36,11 +36,9 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
     replica_admin_api_key_file  file that holds `replica_admin_api_key`
     allowed_hosts               further names by which clients may call a router without a key; "*": any name
     insecure                    allow a non-loopback address without `api_key`
-    resume                      what a replica that dies had begun of `/generate` goes on elsewhere: "streams", or "all"
-                                (whole answers are asked for as streams, which costs the router more); "off": a stream
-                                ends with a retryable error, and whole answers are begun anew, as all else
-    streams_new                 `/generate` streams of the replicas bring only what is new by default (their
-                                `incremental_streaming_output`)
+    resume                      what a replica that dies had begun goes on elsewhere: "streams", or "all" (whole answers
+                                too, whose tokens the router then gets one by one, which costs it more); "off": a
+                                stream ends with a retryable error, and whole answers are begun anew
     max_attempts                replicas that are tried for one data call before it fails
     wait_timeout                seconds a data call waits while no replica is healthy, before 503
     connect_timeout             seconds a replica may take to accept a connection
@@ -66,7 +64,6 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
     resume: ResumeMode = "streams"
-    streams_new: bool = False
     max_attempts: int = 3
     wait_timeout: float = 30.0
     connect_timeout: float = 5.0

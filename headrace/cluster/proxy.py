@@ -1,26 +1,31 @@
 """Data calls: one replica answers, and its answer is passed on as it comes. Owns what is tried again, and where.
 
 A call that broke off before its client had a byte of the answer is asked of another replica: whole answers are held
-until they are whole, streams until their first part. After that one of `/generate` goes on elsewhere (`resumption`),
-and any other stream ends with a typed, retryable error. The
-connection to a replica that is given up is closed, which aborts what it still computes: no client gets two answers.
+until they are whole, streams until their first part. After that a call goes on elsewhere from the tokens that there
+are (`resumption`), or ends with a typed, retryable error. The connection to a replica that is given up is closed, which
+aborts what it still computes: no client gets two answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import msgspec
 
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
-from headrace.cluster.messages import INSTANCE_HEADER, RequestParts, headers_back
+from headrace.cluster.messages import INSTANCE_HEADER, REPLICA_HEADER, RequestParts, headers_back
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
 from headrace.cluster.prompts import read_ask
 from headrace.cluster.replicas import RemoteReplica, Replicas
-from headrace.cluster.resumption import END_OF_STREAM, Resumption, UnreadableAnswerError, resumption_of
+from headrace.cluster.resumption import (
+    Resumption,
+    is_carried,
+    is_whole,
+)
 from headrace.cluster.upstream import BrokenAnswerError, LeftRotationError, UpstreamConnection
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import event_body
@@ -31,7 +36,6 @@ MAX_HELD_BYTES = 256 << 20
 """A larger answer is passed on as it comes."""
 _OK, _UNAVAILABLE = 200, 503
 _ANY = Ask()
-_JSON = (b"content-type", b"application/json")
 _SSE_TYPE = b"text/event-stream"
 _SSE_GAP = b"\n\n"
 
@@ -48,17 +52,15 @@ class Proxy:
         """Have a call answered. Raises `UnreachableError` when no replica did, `NeedsWeightsError` when none could with
         current weights, `DeadlineError` when one was silent."""
         ask = read_ask(head.headers, body) if generates else _ANY
-        resumption = resumption_of(head.path, body, self._options.resume, streams_new=self._options.streams_new)
-        if resumption is not None and resumption.is_whole:
-            body = resumption.first_body()
+        mode = self._options.resume
+        resumption = Resumption(body, mode) if generates and mode != "off" else None
         try:
             await self._try_each(head, body, exchange, ask, resumption, generates=generates)
         except (UnreachableError, NeedsWeightsError, DeadlineError) as error:
             if not exchange.has_begun or resumption is None:
                 raise
             self._metrics.broken_streams.inc()
-            await exchange.send(_end_of_sse(error))  # the client has some of it
-            exchange.end()
+            await _end_broken(exchange, b"", error)  # the client has some of it
 
     async def _try_each(
         self,
@@ -76,7 +78,8 @@ class Proxy:
             replica, choice = await self._replicas.choose(ask, avoided)
             if generates:
                 self._metrics.count_choice(choice, ask)
-            parts = RequestParts(head, body, self._options.data_key)
+            added, sent = ([], body) if resumption is None else resumption.request()
+            parts = RequestParts(head, sent, self._options.data_key, added)
             with self._replicas.sending(replica, choice):
                 try:
                     if await self._ask(replica, parts, exchange, resumption, is_last=not left):
@@ -87,15 +90,9 @@ class Proxy:
                     self._note_broken(replica, error)
             avoided.add(replica.number)
             self._metrics.retries.inc(min(left, 1))
-            if resumption is not None and resumption.has_begun:
-                if resumption.is_finished:
-                    await _finish(exchange, resumption)
-                    return
-                next_body = resumption.next_body()
-                if next_body is None and exchange.has_begun:
-                    raise UnreachableError(f"{reason}; what came of it does not say how it goes on")
-                body = next_body or body
-                self._metrics.resumptions.inc()
+            if resumption is not None:
+                resumption.move()
+                self._metrics.resumptions.inc(left > 0 and resumption.has_begun)
         raise UnreachableError(f"no replica answered in {self._options.max_attempts} attempts; the last one: {reason}")
 
     async def _ask(
@@ -134,9 +131,10 @@ class Proxy:
             if replica.instance and answer.header(INSTANCE_HEADER) not in (b"", replica.instance):
                 raise BrokenAnswerError("another process answers there, whose weights are not known", had_begun=True)
             is_stream = answer.body_size is None or answer.body_size > MAX_HELD_BYTES
-            if resumption is not None and answer.header(b"content-type").startswith(_SSE_TYPE):
-                await self._stream_resumably(replica, answer, connection, exchange, resumption)
-                return True
+            if resumption is not None and is_carried(answer):
+                return await self._carry(replica, answer, connection, exchange, resumption, is_last=is_last)
+            if exchange.has_begun and answer.status == _OK:
+                raise BrokenAnswerError("it does not go on with what another one began", had_begun=True)
             if is_stream and not exchange.has_begun:
                 await self._stream(replica, answer, connection, exchange)
                 return True
@@ -148,30 +146,41 @@ class Proxy:
             exchange.reply(answer.status, headers_back(answer, replica), whole)
             return True
 
-    async def _stream_resumably(
+    async def _carry(
         self,
         replica: RemoteReplica,
         answer: Head,
         connection: UpstreamConnection,
         exchange: Exchange,
         resumption: Resumption,
-    ) -> None:
-        """Pass events on. `BrokenAnswerError` if the replica, or the engine in it, dies: it can go on elsewhere."""
-        try:
+        *,
+        is_last: bool,
+    ) -> bool:
+        """Pass on what is told. `BrokenAnswerError` if the replica, or the engine in it, dies: it can go on elsewhere.
+        False as of `_ask`."""
+        headers, holds = headers_back(answer, replica), is_whole(answer)
+        is_complete = False
+        with contextlib.ExitStack() as suppressing:
             while part := await connection.read_part():
-                told = resumption.take(part)
-                if told is None:
-                    raise BrokenAnswerError("its engine died", had_begun=True)
-                if resumption.is_whole or not told:
-                    continue
-                if not exchange.has_begun:
-                    exchange.begin(answer.status, headers_back(answer, replica))
-                await exchange.send(told)
-            if not resumption.is_whole and not exchange.has_begun:
-                exchange.begin(answer.status, headers_back(answer, replica))
-            await _finish(exchange, resumption, resumption.rest())
-        except UnreadableAnswerError as error:
-            raise BrokenAnswerError(str(error), had_begun=True) from None
+                told, is_complete, problem = resumption.take(part, is_whole=holds)
+                if not holds and not exchange.has_begun and (told or is_complete):
+                    exchange.begin(answer.status, headers)
+                if told:
+                    await exchange.send(told)
+                if problem:
+                    raise BrokenAnswerError(problem, had_begun=True)
+                if is_complete:  # that the connection ends now loses nothing
+                    suppressing.enter_context(contextlib.suppress(BrokenAnswerError))
+        if not is_complete:
+            raise BrokenAnswerError("its answer has no end", had_begun=True)
+        if not holds:
+            exchange.end()
+            return True
+        status, own, body = resumption.whole()
+        if status == _UNAVAILABLE and not is_last and _may_go_elsewhere(body):
+            return False
+        exchange.reply(status, [*own, (REPLICA_HEADER, replica.id.encode())], body)
+        return True
 
     async def _stream(
         self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
@@ -188,10 +197,8 @@ class Proxy:
             self._metrics.broken_streams.inc()
             self._note_broken(replica, error)
             told = UnreachableError(f"{replica.id} broke off in the middle of its answer: {error.message}")
-            end = _end_of_broken(answer.header(b"content-type"), last, told)
-            if end is None:
-                return  # the exchange is not complete: the client sees a broken transfer
-            await exchange.send(end)
+            await _end_broken(exchange, last, told)
+            return
         exchange.end()
 
     def _note_broken(self, replica: RemoteReplica, error: HeadraceError) -> None:
@@ -214,15 +221,13 @@ def _may_go_elsewhere(body: bytes) -> bool:
     return told.retryable and told.err_type != PauseTimeoutError.__name__
 
 
-async def _finish(exchange: Exchange, resumption: Resumption, end: bytes = END_OF_STREAM) -> None:
-    """All of it has come, but perhaps the `end` of the stream."""
-    if resumption.is_whole:
-        status, body = resumption.whole()
-        exchange.reply(status, [_JSON], body)
-        return
-    if end:
+async def _end_broken(exchange: Exchange, last: bytes, error: HeadraceError) -> None:
+    """End a stream, of which `last` came last, with an error, if its type can say that it broke; else the exchange is
+    not complete, and the client sees a broken transfer."""
+    end = _end_of_broken(exchange.media_type, last, error)
+    if end is not None:
         await exchange.send(end)
-    exchange.end()
+        exchange.end()
 
 
 async def _read_whole(connection: UpstreamConnection, size: int) -> bytes:
@@ -242,7 +247,7 @@ def _end_of_sse(error: HeadraceError) -> bytes:
 def _end_of_broken(media_type: bytes, last: bytes, error: HeadraceError) -> bytes | None:
     """How a stream of this type says that it broke; None for one that cannot."""
     if media_type.startswith(_SSE_TYPE):
-        return (b"" if last.endswith(_SSE_GAP) else _SSE_GAP) + _end_of_sse(error)
+        return (b"" if not last or last.endswith(_SSE_GAP) else _SSE_GAP) + _end_of_sse(error)
     if media_type == MESSAGE_TYPE.encode():
         parts = StreamPart(error=error.info()), StreamPart(is_last=True)
         return b"".join(framed(msgspec.msgpack.encode(part)) for part in parts)

@@ -14,6 +14,7 @@ from headrace.cluster.catch_up import CatchUp
 from headrace.cluster.fan_out import FanOut
 from headrace.cluster.fleet import Fleet
 from headrace.cluster.front import Exchange, Front, FrontBounds, not_found
+from headrace.cluster.groups import SharedGroups
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
 from headrace.cluster.lookout import Lookout
@@ -63,6 +64,7 @@ class ReplicaRouter:
         self._fan_out = FanOut(self.replicas, options)
         self._updates = WeightUpdates(self.replicas, options, self._metrics)
         self._sessions = SharedSessions(self._updates, options)
+        self._groups = SharedGroups(self.replicas, self._updates, options)
         self._catch_up: asyncio.Task[None] | None = None
         self._weights_folder = weights_folder
         self._keys = keys_of(options.api_key, options.admin_api_key)
@@ -122,6 +124,8 @@ class ReplicaRouter:
                 await self._fan_out.question(head, body, exchange)
             elif route.treatment == "update":
                 await self._updates.command(head, body, exchange)
+            elif route.treatment == "group":
+                await self._groups.command(head, body, exchange)
             elif route.treatment == "session":
                 await self._sessions.command(head, body, exchange)
             elif path in PAGE_PATHS:

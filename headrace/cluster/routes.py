@@ -12,13 +12,14 @@ import msgspec
 from headrace.server.auth import Access
 from headrace.types.http import PREFIX
 
-Treatment = Literal["generate", "route", "fan_out", "agree", "update", "session", "own", "refuse"]
+Treatment = Literal["generate", "route", "fan_out", "agree", "update", "group", "session", "own", "refuse"]
 
 
 class RouterRoute(msgspec.Struct, frozen=True):
     """`generate` and `route`: one replica answers it, the first kind by its prompt. `fan_out`: all do, and each has to
-    succeed. `agree`: all do, and have to say the same. `update` and `session`: all do, and who fails leaves the
-    rotation; the second kind is our own client's. `own`: the router. `refuse`: nobody; `advice`: what to do."""
+    succeed. `agree`: all do, and have to say the same. `update`, `group` and `session`: all do, and who fails leaves
+    the rotation; the second kind is of a trainer's group, the third our own client's. `own`: the router. `refuse`:
+    nobody; `advice`: what to do."""
 
     treatment: Treatment
     methods: tuple[str, ...] = ("POST",)
@@ -29,10 +30,7 @@ class RouterRoute(msgspec.Struct, frozen=True):
 WORKERS_PATH = "/workers"
 _GET, _BOTH = ("GET",), ("GET", "POST")
 _EACH = "send it to each replica (GET /workers lists them)"
-_GROUP = (
-    "a router joins no weight group: push through it with headrace.Client or /update_weights_from_tensor, have all "
-    "read one folder by /update_weights_from_disk, or have each replica join (GET /workers lists them)"
-)
+_DRAFT = "there are no draft models behind it"
 _CLIENT = "open a headrace.Client of each replica (GET /workers lists them)"
 
 
@@ -69,12 +67,12 @@ ROUTES: dict[str, RouterRoute] = {
     **_routes("refuse", "/get_load /v1/loads", methods=_GET, advice=_EACH),
     **_routes("refuse", "/get_weights_by_name /weights_checker", methods=_BOTH, access="admin", advice=_EACH),
     **_routes("refuse", "/slow_down /start_profile /stop_profile /collective_rpc", access="admin", advice=_EACH),
-    **_routes("refuse", "/init_weights_update_group /destroy_weights_update_group", access="admin", advice=_GROUP),
-    **_routes("refuse", "/update_weights_from_distributed", access="admin", advice=_GROUP),
-    **_routes("refuse", "/init_weight_transfer_engine /start_weight_update", access="admin", advice=_GROUP),
-    **_routes("refuse", "/start_draft_weight_update /update_weights", access="admin", advice=_GROUP),
-    **_routes("refuse", "/finish_weight_update", access="admin", advice=_GROUP),
-    **_routes("refuse", "/get_world_size", methods=_GET, advice=_GROUP),
+    **_routes("group", "/init_weights_update_group /destroy_weights_update_group", access="admin"),
+    **_routes("group", "/update_weights_from_distributed", access="admin"),
+    **_routes("group", "/init_weight_transfer_engine /start_weight_update", access="admin"),
+    **_routes("group", "/update_weights /finish_weight_update", access="admin"),
+    **_routes("group", "/get_world_size", methods=_GET),
+    **_routes("refuse", "/start_draft_weight_update", access="admin", advice=_DRAFT),
     **_own("session", "begin_update extend_update join_update settle_part stage lend stage_lent commit abort_update"),
     **_own("session", "update_weights_from_disk set_weight_version"),
     **_own("fan_out", "pause resume abort flush_cache release_memory_occupation resume_memory_occupation"),

@@ -32,8 +32,12 @@ from headrace.weights.foreign_files import count_up
 _BUCKET = "/update_weights_from_tensor"
 _LABEL = "/update_weight_version"
 _END = "/end_weight_update"
-_COMMITS = frozenset(("/update_weights_from_disk", _LABEL, _END))
-_MAY_COMMIT = _COMMITS | {_BUCKET}
+_FINISH = "/finish_weight_update"
+_RECEIVE = frozenset(("/update_weights_from_distributed", "/update_weights"))
+"""Tensors that are broadcast."""
+_PARTS = _RECEIVE | {_BUCKET, _END, _FINISH}
+_COMMITS = frozenset(("/update_weights_from_disk", _LABEL, _END, _FINISH))
+_MAY_COMMIT = _COMMITS | _RECEIVE | {_BUCKET}
 _GIVE_UP_SECONDS = 5.0
 _JSON = (b"content-type", b"application/json")
 Result = TypeVar("Result")
@@ -131,19 +135,29 @@ class WeightUpdates:
 
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """A call. It fails if it does at all replicas."""
-        work = functools.partial(self._update, head, body)
-        told = await (self.carry_out(work) if head.path in _MAY_COMMIT else work())
+        told = await self.told(head, body)
         if told["success"]:
             reply_json(exchange, told)
         else:
             exchange.error(told)
 
-    async def _update(self, head: Head, body: bytes) -> dict[str, Any]:
-        """What the client is told."""
+    async def told(self, head: Head, body: bytes, members: Sequence[RemoteReplica] | None = None) -> dict[str, Any]:
+        """What the client of a call is told. `members` are the replicas that a trainer broadcasts to; None: it does
+        not, and the call is for all."""
+        work = functools.partial(self._update, head, body, members)
+        return await (self.carry_out(work) if head.path in _MAY_COMMIT else work())
+
+    def _taking(self, path: str, members: Sequence[RemoteReplica] | None) -> Sequence[RemoteReplica]:
+        """Who a call goes to. What is broadcast all members have to receive, also one whose update has failed."""
+        if members is not None and path in _RECEIVE:
+            return members
+        taking = self.current if path == _LABEL else members or self.replicas
+        return [each for each in taking if each not in self._dropped] or taking
+
+    async def _update(self, head: Head, body: bytes, members: Sequence[RemoteReplica] | None = None) -> dict[str, Any]:
         asked = _read(body)
         self._begin_if_new(head.path, asked)
-        taking = self.current if head.path == _LABEL else self.replicas
-        taking = [each for each in taking if each not in self._dropped] or taking
+        taking = self._taking(head.path, members)
         if head.path == _BUCKET:
             await asyncio.to_thread(_share, asked.serialized_named_tensors, len(taking) - 1)
         answers = await self.ask(head, dict.fromkeys(taking, body))
@@ -183,7 +197,7 @@ class WeightUpdates:
     def _begin_if_new(self, path: str, asked: _Body) -> None:
         """Another label, or a call that is no part of an update in buckets, is for all replicas again."""
         label = None if asked.weight_version is None else str(asked.weight_version)
-        if path not in (_BUCKET, _END) or label not in (None, self._label):
+        if path not in _PARTS or label not in (None, self._label):
             self._dropped.clear()
         self._label = label or self._label
 

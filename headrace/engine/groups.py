@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headrace.engine.calls import outlast
 from headrace.engine.client import CoreClient
@@ -23,6 +23,7 @@ from headrace.types.errors import HeadraceError, RequestError, encodable
 from headrace.types.messages import Discard, GroupTensor, JoinGroup, LeaveGroup, Receive
 from headrace.types.plain_values import as_choice, as_integer, as_list, plain_text
 from headrace.types.weights import (
+    DEFAULT_GROUP,
     ELEMENT_BYTES,
     MAX_DIMENSIONS,
     MAX_TENSOR_NAME,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from headrace.engine.async_engine import AsyncEngine
     from headrace.engine.runtime import EngineLoop
 
-DEFAULT_GROUP: Final = "weight_update_group"
 DEFAULT_JOIN_TIMEOUT = 300.0
 _BUCKET = "flattened_bucket"
 Backend = Literal["gloo", "nccl"]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from headrace.engine.client import CoreClient
+from headrace.engine.continuing import prompt_of, rest_of
 from headrace.engine.lookback import Lookback
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import GenerateItem, RequestBuilder
@@ -55,7 +56,11 @@ class Intake:
             if item.index in self._live.get(item.request_id, ()):
                 raise _name_in_use(item.request_id)
             item = self._builder.prepare(item)
-            request = self._builder.build(item, self._client.new_handle())
+            if item.before is not None:
+                self._builder.check_before(item.before)
+                if item.before.finish_reason is not None:
+                    return self._ended(item)
+            request = self._builder.build(item if item.before is None else rest_of(item), self._client.new_handle())
         except RequestError as error:
             if not item.return_errors:
                 raise
@@ -98,17 +103,21 @@ class Intake:
         stream.on_failure(error)
         return stream
 
+    def _ended(self, item: GenerateItem) -> Stream:
+        """A stream of a sample that had ended before, and is never among the live ones."""
+        return Stream(item, self._builder.refused(item, self._client.new_handle()), None, lambda *_: None)
+
     def _text_start(self, tokenizer: Tokenizer, item: GenerateItem, request: Request) -> TextStart:
         """The samples of one prompt come one after the other and share it."""
-        num_resumed = request.num_output_ids_in_prompt
+        num_resumed, prompt = item.num_output_ids_in_prompt, prompt_of(item, request)
         like: TextStart | None = None
         if self._last_start is not None:
             last, start = self._last_start
-            is_same_cut = last.num_output_ids_in_prompt == num_resumed and last.prompt is request.prompt
+            is_same_cut = last.num_output_ids_in_prompt == num_resumed and last.prompt is prompt
             like = start if start.params is item.params else None
             if like is not None and is_same_cut and start.shown == item.shown_tokens:
                 return start
-        prompt_ids = unpack_ids(request.prompt)
+        prompt_ids = unpack_ids(prompt)
         cut = len(prompt_ids) - num_resumed
         resumed = prompt_ids[cut:].data
         start = TextStart(tokenizer, item.params, resumed, prompt_ids[:cut], item.shown_tokens, like)

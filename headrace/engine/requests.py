@@ -43,6 +43,7 @@ from headrace.engine.seeds import SeedSource, sample_seed
 from headrace.scheduler.limits import MAX_PRIORITY
 from headrace.text import Tokenizer, begins_twice, encode_bounded
 from headrace.types.errors import ErrorInfo, RequestError
+from headrace.types.generation import Generation
 from headrace.types.plain_values import as_choice, as_flag, as_integer, as_integer_array, hint, meant_by
 from headrace.types.request import Request, TokenSampling, check_prompt_length, pack_ids
 from headrace.types.sampling_params import (
@@ -139,6 +140,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_output_ids_in_prompt, clip_to_context, return_errors   as in `GenerateOptions`
     packed               ids already checked and packed by `RequestBuilder.prepare`; callers leave it None
     refusal              why it cannot be served; its stream ends with that at once
+    before               what another engine has made of this sample: it goes on from there, to the same limits
     """
 
     prompt: str | None = None
@@ -158,6 +160,7 @@ class GenerateItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     return_errors: bool = False
     packed: bytes | None = None
     refusal: ErrorInfo | None = None
+    before: Generation | None = None
 
 
 class RequestBuilder:
@@ -269,6 +272,10 @@ class RequestBuilder:
             deliver_every=1 if item.stream or params.stop else 0,
             num_output_ids_in_prompt=item.num_output_ids_in_prompt,
         )
+
+    def check_before(self, before: Generation) -> None:
+        """Raise `RequestError` where these are no tokens of this model."""
+        self._check_ids(before.token_ids, "before")
 
     def refused(self, item: GenerateItem, handle: int) -> Request:
         """What stands for `item`, which has a refusal, in the front: nothing of it is checked again or sent."""

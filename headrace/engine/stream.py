@@ -8,10 +8,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
+import msgspec
+
+from headrace.engine.continuing import joined, num_before, prompt_of
 from headrace.engine.pacing import Pacer, Turn
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import Sample
@@ -62,6 +66,9 @@ class Stream:
         self._waiters: tuple[asyncio.Future[None], ...] = ()
         self._num_taken_tokens = 0
         self._has_taken_end = False
+        self._num_before = num_before(item)
+        if item.before is not None:
+            self._go_on_from(item.before)
 
     @property
     def finish_type(self) -> str:
@@ -71,7 +78,7 @@ class Stream:
     @property
     def prompt_token_ids(self) -> list[int]:
         """The prompt's ids, as they went to the core."""
-        ids: list[int] = unpack_ids(self.request.prompt).tolist()
+        ids: list[int] = unpack_ids(prompt_of(self.item, self.request)).tolist()
         return ids
 
     def __aiter__(self) -> Stream:
@@ -144,31 +151,69 @@ class Stream:
         """Turn new ids into text; True when a stop string ended the sequence."""
         hides_last = finish is not None and finish.matched is not None and not self.item.params.no_stop_trim
         for position in range(start, stop - 1 if hides_last else stop):
-            self._matched = feed.push(self.sample.token_ids[position], position + 1)
+            self._matched = feed.push(self.sample.token_ids[position], self._num_before + position + 1)
             if self._matched is not None:
-                self.sample.truncate(feed.completing_length(self.sample.token_ids[: position + 1]))
+                self._truncate(feed, position + 1)
                 self._end("dropped" if finish is None else "answered", Finish("stop"))
                 return True
         if finish is not None:
-            self._matched = feed.finish(len(self.sample.token_ids))
+            self._matched = feed.finish(self._num_before + len(self.sample.token_ids))
             if self._matched is not None:
-                self.sample.truncate(feed.completing_length(self.sample.token_ids))
+                self._truncate(feed, len(self.sample.token_ids))
                 finish = Finish("stop")
             self._end("answered", finish)
         return finish is not None
 
+    def _truncate(self, feed: TextFeed, num_tokens: int) -> None:
+        """A stop string ended with token number `num_tokens` of this engine, or with one before it."""
+        num_kept = feed.completing_length(self._ids(num_tokens)) - self._num_before
+        self.sample.truncate(max(0, num_kept))  # what was told before stays
+
+    def _ids(self, num_tokens: int) -> array[int]:
+        """Those of before, and the first of this engine."""
+        ids = self.sample.token_ids[:num_tokens]
+        return ids if self.item.before is None else array("i", self.item.before.token_ids) + ids
+
+    def _go_on_from(self, before: Generation) -> None:
+        """As if these tokens had come here. Their text has been shown."""
+        if self._feed is not None:
+            for position, token_id in enumerate(before.token_ids):
+                self._feed.push(token_id, position + 1)
+            self._feed.take()
+        if before.finish_reason is not None:
+            self.is_done, self._finish = True, Finish(before.finish_reason)
+
+    def take_before(self) -> Generation | None:
+        """What there was before this engine, if anything. It is no part of what `take` gives."""
+        self._has_taken_end = self._has_taken_end or self._has_ended_before
+        return self.item.before
+
+    @property
+    def _has_ended_before(self) -> bool:
+        return self.item.before is not None and self.item.before.finish_reason is not None
+
     def _whole(self) -> Generation:
         """The sample, once it has ended."""
+        before = self.item.before
+        if before is None:
+            return self._generation(0, self._whole_text())
+        if self._has_ended_before:
+            return before
+        return msgspec.structs.replace(joined([before, self._generation(0, "")]), text=self._whole_text())
+
+    def _whole_text(self) -> str:
         text = "" if self._feed is None else self._feed.text
         if self._feed is None and self._text_start is not None and self._finish is not None:
-            ids = self.sample.token_ids
+            ids = self._ids(len(self.sample.token_ids))
             is_trimmed = self._finish.matched is not None and not self.item.params.no_stop_trim
             text = self._text_start.whole_text(ids[:-1] if is_trimmed else ids)
-        return self._generation(0, text)
+        return text
 
     def _generation(self, start: int, text: str) -> Generation:
         """What there is of the tokens from `start` on, and how it ended if it has."""
         fields = self.sample.fields_from(start)
+        if (before := self.item.before) is not None:
+            fields |= {name: getattr(before, name) for name in ("num_prompt_tokens", "num_cached_tokens")}
         finish = self._finish
         if finish is not None:
             fields["times"] = times_of(self.queued_at, self.sample.times, self.ended_at)
@@ -264,6 +309,8 @@ class StreamGroup:
 
     def __init__(self, streams: Iterable[Stream], pacer: Pacer | None = None) -> None:
         self._pacer = pacer
+        streams = list(streams)
+        self._before = [piece for stream in streams if (piece := stream.take_before()) is not None]
         self._live = set(streams)
         self._ready = OrderedDict((stream, None) for stream in self._live if stream.is_done)  # in order of their news
         self._is_behind = False
@@ -274,18 +321,26 @@ class StreamGroup:
 
     async def next_pieces(self) -> list[Generation]:
         """The pieces that are there, waiting for one if there is none; [] once all streams have ended. Of very many
-        those of one `Turn`."""
+        those of one `Turn`. First comes what there was before this engine, all at once."""
+        if self._before:
+            before, self._before = self._before, []
+            return before
         while self._live:
             if self._is_behind:
                 await asyncio.sleep(0)
             pieces = self._take_some()
             if pieces:
                 return pieces
-            if self._is_behind:
+            if self._is_behind or not self._live:
                 continue
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return []
+
+    @property
+    def has_before(self) -> bool:
+        """True when what `next_pieces` gives next was there before this engine."""
+        return bool(self._before)
 
     def rest(self) -> list[Generation]:
         """As `next_pieces`, once every stream has ended and the engine's loop too: in any thread, without waiting."""

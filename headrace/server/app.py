@@ -16,6 +16,7 @@ from headrace.server import errors
 from headrace.server.admin import AdminFace
 from headrace.server.auth import Access, Auth, keys_of
 from headrace.server.browsers import Hosts
+from headrace.server.carrying import Carrier
 from headrace.server.dashboard import DashboardFace
 from headrace.server.docs import DocsFace
 from headrace.server.folders import Folders
@@ -48,6 +49,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
     """
     state = ServerState(engine, options)
     endpoints = all_endpoints(state)
+    generating = [endpoint.path for endpoint in endpoints if endpoint.generates]
     access: dict[str, Access] = {endpoint.path: endpoint.access for endpoint in endpoints}
     keys = keys_of(options.api_key, options.admin_api_key)
     app = Starlette(
@@ -60,7 +62,8 @@ def create_app(engine: AsyncEngine, options: ServerOptions, host: str = "127.0.0
                 open_paths=[path for path, needed in access.items() if needed == "open"],
             ),
             Middleware(Auth, access=access, keys=keys, hosts=Hosts(host, options.allowed_hosts)),
-            Middleware(Gate, state=state, paths=[endpoint.path for endpoint in endpoints if endpoint.generates]),
+            Middleware(Gate, state=state, paths=generating),
+            Middleware(Carrier, paths=generating),
         ],
         exception_handlers={
             HeadraceError: errors.on_headrace_error,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from headrace.engine import AsyncEngine, GenerateItem, Stream
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import all_or_none, cancel_all
+from headrace.server.carrying import Carriage, Pieces, carriage_of
 from headrace.server.native_reply import ReplyStyle, SequenceReply
 from headrace.server.native_types import Draft, GenerateCall, in_dialect, read_call
 from headrace.server.routes import Endpoint
@@ -41,23 +42,30 @@ class NativeFace:
         received_at = time.perf_counter()
         engine = self._state.engine
         call = await read_call(engine, await read_body(request, functools.partial(Draft, engine)))
-        streams = await _submit(call, self._state.submit)
-        style = _style(engine, call, received_at)
+        carriage = carriage_of(request.scope)
+        streams = await _submit(call, self._state.submit, carriage)
+        style = _style(engine, call, received_at, carriage.num_moves)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if call.is_stream:
             is_incremental = call.is_incremental
             if is_incremental is None:
                 is_incremental = self._state.options.incremental_streaming_output
-            events = self._events(streams, style, call, is_incremental)
+            pieces = carriage.reading(self._state.group(streams), streams)
+            events = self._events(pieces, streams, style, call, is_incremental)
             return EventStream(events, cancel, on_disconnect, headers={STREAM_HEADER: _STREAMING[is_incremental]})
         with dropping(request.scope, cancel, on_disconnect):
+            await carriage.follow(lambda: self._state.group(streams), streams)
             return PartsReply(await _written(streams, style, call))
 
     async def _events(
-        self, streams: Sequence[Stream], style: ReplyStyle, call: GenerateCall, is_incremental: bool
+        self,
+        group: Pieces,
+        streams: Sequence[Stream],
+        style: ReplyStyle,
+        call: GenerateCall,
+        is_incremental: bool,
     ) -> AsyncIterator[bytes]:
         """One event per sequence that has news; a client that reads slowly gets fewer, larger ones."""
-        group = self._state.group(streams)
         numbers = {stream.request.request_id: number for number, stream in enumerate(streams)}
         replies: dict[int, SequenceReply] = {}
         while pieces := await group.next_pieces():
@@ -84,27 +92,27 @@ async def answer_body(engine: AsyncEngine, raw: bytes) -> bytes:
     call = await read_call(engine, draft)
     if call.is_stream:
         raise RequestError("stream: there is only one answer here", field="stream")
-    streams = await _submit(call, engine.submit)
+    streams = await _submit(call, engine.submit, Carriage())
     try:
         return b"".join(await _written(streams, _style(engine, call, received_at), call))
     finally:
         cancel_all(streams)
 
 
-async def _submit(call: GenerateCall, submit: Callable[[GenerateItem], Stream]) -> list[Stream]:
+async def _submit(call: GenerateCall, submit: Callable[[GenerateItem], Stream], carriage: Carriage) -> list[Stream]:
     """All sequences or none. A long list leaves the loop to others now and then."""
     streams, turn = list[Stream](), Turn()
     try:
         with all_or_none(streams):
-            for item in call.items:
+            for number, item in enumerate(call.items):
                 await turn.give_way()
-                streams.append(submit(item))
+                streams.append(submit(carriage.item(number, item)))
     except HeadraceError as error:
         raise in_dialect(error, item.prompt_index, call.is_list) from None
     return streams
 
 
-def _style(engine: AsyncEngine, call: GenerateCall, received_at: float) -> ReplyStyle:
+def _style(engine: AsyncEngine, call: GenerateCall, received_at: float, num_moves: int = 0) -> ReplyStyle:
     return ReplyStyle(
         has_text=engine.tokenizer is not None,
         tokenizer=engine.tokenizer if call.writes_text else None,
@@ -112,6 +120,7 @@ def _style(engine: AsyncEngine, call: GenerateCall, received_at: float) -> Reply
         received_at=received_at,
         writes_prompt_ids=call.writes_prompt_ids,
         warnings=call.warnings,
+        num_moves=num_moves,
     )
 
 

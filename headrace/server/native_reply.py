@@ -24,6 +24,7 @@ class ReplyStyle(msgspec.Struct, frozen=True):
     """What the replies of one call have in common. `tokenizer` writes texts beside logprobs, None writes null.
 
     `received_at` is in seconds of `time.perf_counter`; `live_version` labels a reply of which nothing was computed.
+    `num_moves` is how often the call has gone on at another replica.
     """
 
     has_text: bool
@@ -32,6 +33,7 @@ class ReplyStyle(msgspec.Struct, frozen=True):
     received_at: float
     writes_prompt_ids: bool = False
     warnings: Sequence[str] = ()
+    num_moves: int = 0
 
 
 class SequenceReply:
@@ -90,6 +92,8 @@ class SequenceReply:
         }
         if self._prompt_spans:
             meta["prompt_version_spans"] = self._prompt_spans
+        if self._style.num_moves:
+            meta["num_resumed"] = self._style.num_moves
         if self._style.warnings:
             meta["warnings"] = self._style.warnings
         if self._style.writes_prompt_ids:

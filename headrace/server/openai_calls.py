@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -16,6 +15,7 @@ from headrace.engine.bounds import check_body
 from headrace.engine.chat import chat_finish
 from headrace.engine.pacing import Turn
 from headrace.engine.stream import all_or_none, cancel_all
+from headrace.server.carrying import Carriage
 from headrace.server.errors import FieldNames
 from headrace.server.native_reply import weight_versions
 from headrace.server.openai_logprobs import TokenWriter, prompt_logprobs
@@ -45,13 +45,22 @@ class OpenAiCall:
     Its name begins those of its sequences and is the id that the client sees, so that aborting the id aborts them all.
     """
 
-    def __init__(self, state: ServerState, body: OpenAiBody, kind: str, model: str, warnings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        body: OpenAiBody,
+        kind: str,
+        model: str,
+        warnings: Sequence[str],
+        carriage: Carriage,
+    ) -> None:
         self._state = state
         self.body = body
-        self.request_id = body.rid or body.request_id or f"{kind}-{uuid.uuid4().hex}"
+        self.carriage = carriage
+        self.request_id = carriage.named(body.rid or body.request_id or f"{kind}-{uuid.uuid4().hex}")
         self.model = model
         self.headers = {"x-headrace-warnings": "; ".join(warnings)} if warnings else {}
-        self.created = int(time.time())
+        self.created = int(carriage.begun_at)
         self.streams: list[Stream] = []
         self._shown: frozenset[str] = frozenset()
         self._totals: dict[int, tuple[int, int]] = {}
@@ -82,11 +91,12 @@ class OpenAiCall:
                         first = self._state.engine.prepare(self._item(prompt, position, params, logprobs))
                     name = self.request_id if total == 1 else f"{self.request_id}_{number}"
                     item = msgspec.structs.replace(first, index=index, request_id=name)
-                    self.streams.append(self._state.submit(item))
+                    self.streams.append(self._state.submit(self.carriage.item(number, item)))
 
     async def written(self, make: Callable[[int, Generation], Mapping[str, Any]]) -> list[msgspec.Raw]:
         """All choices as JSON, once they are finished: `make` gives one by its number. Written one by one, and off the
         loop where there is much to write."""
+        await self.carriage.follow(lambda: self._state.group(self.streams), self.streams)
         choices: list[msgspec.Raw] = []
         turn = Turn()
         for number, stream in enumerate(self.streams):
@@ -115,7 +125,8 @@ class OpenAiCall:
         return EventStream(events, self.cancel, self._state.metrics.count_disconnect, headers=self.headers)
 
     async def _events(self, kind: str, begin: Callable[[int], Chunks]) -> AsyncIterator[bytes]:
-        group, options = self._state.group(self.streams), self.body.stream_options
+        group = self.carriage.reading(self._state.group(self.streams), self.streams)
+        options = self.body.stream_options
         chunks = {stream.request.request_id: begin(number) for number, stream in enumerate(self.streams)}
         while pieces := await group.next_pieces():
             events: list[bytes] = []
@@ -202,6 +213,8 @@ def choice_extras(call: OpenAiCall, stream: Stream, piece: Generation) -> dict[s
             "logprob_mode": piece.logprob_mode,
             "cached_tokens": piece.num_cached_tokens,
         }
+        if call.carriage.num_moves:
+            extras["meta_info"]["num_resumed"] = call.carriage.num_moves
         if not call.body.stream:  # a piece would count from its own first token
             extras["meta_info"]["weight_versions"] = weight_versions(piece.version_spans)
     return extras

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine.chat import CALLS_NOT_READ, ChatTerms, read_terms, reader_of, render, reply_message, tokenizer_of
+from headrace.server.carrying import carriage_of
 from headrace.server.native_types import shared_ids
 from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import TextTokens, TokenWriter, chat_logprobs, with_top
@@ -68,7 +69,7 @@ class ChatFace:
         key = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = getattr(body, key)
         prompt = await self._prompt(text, body, max_tokens, warnings)
-        call = OpenAiCall(self._state, body, "chatcmpl", model, warnings)
+        call = OpenAiCall(self._state, body, "chatcmpl", model, warnings, carriage_of(request.scope))
         if max_tokens is None:
             max_tokens = self._state.engine.resolved.max_length - len(prompt.ids)
         with openai_errors(body, key, "top_logprobs"):

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine.fields import per_prompt
+from headrace.server.carrying import carriage_of
 from headrace.server.native_types import shared_rows
 from headrace.server.openai_calls import Chunks, OpenAiCall, Prompt, choice_extras, finish_of
 from headrace.server.openai_logprobs import (
@@ -50,7 +51,7 @@ class CompletionsFace:
         body, warnings = await read_body(request, functools.partial(read_openai, kind=CompletionBody))
         model = check_model(self._state, body.model)
         prompts = await self._prompts(body, warnings)
-        call = OpenAiCall(self._state, body, "cmpl", model, warnings)
+        call = OpenAiCall(self._state, body, "cmpl", model, warnings, carriage_of(request.scope))
         with openai_errors(body, "max_tokens", "logprobs"):
             params = sampling_params(self._state, body, self._max_tokens(body, prompts))
             await call.submit(prompts, params, logprob_options(self._state, body, body.logprobs or 0, "logprobs"))

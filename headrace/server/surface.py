@@ -20,9 +20,10 @@ from headrace.engine.bounds import check_body
 from headrace.engine.chat import expand_chat
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import CallArguments
-from headrace.engine.stream import StreamGroup, cancel_all, whole_samples
+from headrace.engine.stream import cancel_all, whole_samples
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.auth import Access
+from headrace.server.carrying import Carriage, Pieces, carriage_of
 from headrace.server.coerce import MediaTypeError
 from headrace.server.errors import shown
 from headrace.server.folders import Folders
@@ -71,19 +72,23 @@ class SurfaceFace:
         ask = await read_body(request, lambda values: convert(values, GenerateAsk))
         arguments = ask.prompts, ask.input_ids, ask.sampling_params, _options(ask)
         items = await self._engine.expand(CallArguments(*arguments, stream=ask.stream, scores=ask.scores))
-        streams = await self._submit(items)
+        carriage = carriage_of(request.scope)
+        streams = await self._submit(items, carriage)
         cancel, on_disconnect = functools.partial(cancel_all, streams), self._state.metrics.count_disconnect
         if ask.stream:
-            return _PartStream(_parts(self._state.group(streams)), cancel, on_disconnect)
+            return _PartStream(_parts(carriage.reading(self._state.group(streams), streams)), cancel, on_disconnect)
         with dropping(request.scope, cancel, on_disconnect):
+            await carriage.follow(lambda: self._state.group(streams), streams)
             samples = [_shown(sample) for sample in await whole_samples(streams)]
             return PartsReply(await _packed(streams, samples), MESSAGE_TYPE)
 
     async def chat(self, request: Request) -> Response:
         ask = await read_body(request, lambda values: convert(values, ChatAsk))
         expanded = await expand_chat(self._engine, ask)
-        streams = await self._submit(expanded.items)
+        carriage = carriage_of(request.scope)
+        streams = await self._submit(expanded.items, carriage)
         with dropping(request.scope, functools.partial(cancel_all, streams), self._state.metrics.count_disconnect):
+            await carriage.follow(lambda: self._state.group(streams), streams)
             samples = [_shown(sample) for sample in await whole_samples(streams)]
             return PartsReply(await _packed(streams, expanded.replies(samples)), MESSAGE_TYPE)
 
@@ -105,12 +110,12 @@ class SurfaceFace:
         method = getattr(self._engine, name)(**await self._arguments(request, name))
         return packed_reply(await self._state.run(request, method))
 
-    async def _submit(self, items: Sequence[GenerateItem]) -> list[Stream]:
+    async def _submit(self, items: Sequence[GenerateItem], carriage: Carriage) -> list[Stream]:
         """Start all of them, or none. Raises `RequestError` for more log-probabilities than one answer holds."""
         firsts = [item for item in items if item.index == 0]
         asked = ((item.logprobs, len(item.packed or b"") // 4, item.params) for item in firsts)
         await run_sized(len(firsts), lambda: check_body(asked))
-        streams = await self._engine.submit_all(items)
+        streams = await self._engine.submit_all([carriage.item(*each) for each in enumerate(items)])
         self._state.adopt(streams)
         return streams
 
@@ -178,7 +183,7 @@ def _shown(sample: Generation) -> Generation:
     return sample if sample.error is None else msgspec.structs.replace(sample, error=shown(sample.error))
 
 
-async def _parts(group: StreamGroup) -> AsyncIterator[bytes]:
+async def _parts(group: Pieces) -> AsyncIterator[bytes]:
     while pieces := await group.next_pieces():
         yield _frame(StreamPart([_shown(piece) for piece in pieces]))
 

@@ -41,10 +41,9 @@ from headrace.server.vllm_types import (
 from headrace.server.wire import json_reply
 from headrace.types.errors import RequestError, UpdateConflictError, WeightUpdateError
 from headrace.types.memory import OnRelease
-from headrace.types.weights import UpdateReport
+from headrace.types.weights import TRANSFER_GROUP, UpdateReport
 from headrace.weights.unique_id import decode_unique_id
 
-GROUP = "vllm_weight_transfer"
 _INFO_FIELDS = {
     **UPDATE_FIELDS,
     **{"names": "update_info.names", "dtypes": "update_info.dtype_names", "shapes": "update_info.shapes"},
@@ -188,10 +187,12 @@ class VllmFace:
             raise RequestError("a buffer holds at least 0 bytes", field="init_info.packed_buffer_size_bytes")
         self._has_joined = False
         with contextlib.suppress(WeightUpdateError):  # there is none
-            await self._engine.destroy_weights_update_group(GROUP)
+            await self._engine.destroy_weights_update_group(TRANSFER_GROUP)
         place = info.master_address, info.master_port, info.rank_offset, info.world_size
         with FieldNames(_INIT_FIELDS):
-            joining = join_group(self._engine.runtime, *place, GROUP, backend, ask.timeout_s, "vllm", unique_id)
+            joining = join_group(
+                self._engine.runtime, *place, TRANSFER_GROUP, backend, ask.timeout_s, "vllm", unique_id
+            )
             await self._state.run(request, joining)
         self._packing = info.packed_buffer_size_bytes if info.packed else None
         self._has_joined = True
@@ -248,7 +249,7 @@ class VllmFace:
             info.get("names", ()),
             info.get("dtype_names", ()),
             info.get("shapes", ()),
-            GROUP,
+            TRANSFER_GROUP,
             self._packing_of(info),
             ask.weight_version,
             mode=ask.mode,

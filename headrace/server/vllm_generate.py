@@ -14,6 +14,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headrace.server.carrying import carriage_of
 from headrace.server.errors import FieldNames
 from headrace.server.native_types import shared_rows
 from headrace.server.openai_calls import OpenAiCall, Prompt
@@ -65,7 +66,7 @@ class VllmGenerateFace:
         ids, (body, warnings) = await read_body(request, _read)
         model = check_model(self._state, body.model)
         (row,) = await shared_rows(self._state.engine, {"token_ids": ids})
-        call = OpenAiCall(self._state, body, "gen", model, warnings)
+        call = OpenAiCall(self._state, body, "gen", model, warnings, carriage_of(request.scope))
         names = {"rid": "request_id", "return_routed_experts": "max_tokens"}  # nobody asks for the latter here
         with FieldNames(names), openai_errors(body, "max_tokens", "logprobs"):
             max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine import DEFAULT_UPDATE_TIMEOUT
-from headrace.engine.groups import DEFAULT_GROUP, DEFAULT_JOIN_TIMEOUT
+from headrace.engine.groups import DEFAULT_JOIN_TIMEOUT
 from headrace.server.coerce import read_control
 from headrace.server.errors import FieldNames, refusal
 from headrace.server.routes import Endpoint
@@ -21,7 +21,7 @@ from headrace.server.state import ServerState
 from headrace.server.update_body import UPDATE_FIELDS
 from headrace.server.wire import json_reply
 from headrace.types.errors import HeadraceError
-from headrace.types.weights import UpdateReport
+from headrace.types.weights import DEFAULT_GROUP, UpdateReport
 
 
 class InitGroupBody(msgspec.Struct):

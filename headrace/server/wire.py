@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from headrace.config.json_bounds import BODY, excess
 from headrace.server import errors
+from headrace.server.carrying import Carriage, carriage_of
 from headrace.server.connections import CLIENT, Connection
 from headrace.text import INLINE_CHARACTERS, run_sized
 from headrace.types.errors import HeadraceError, RequestError, RequestTooLargeError
@@ -199,14 +200,14 @@ class EventStream(Response):
                 await errors.respond(errors.body_of(error))(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send_all(first, send)
+            await self._send_all(first, send, carriage_of(scope))
             await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
     def failure(self, error: HeadraceError) -> bytes:
         """What is sent of an error after the first event."""
         return event(errors.event_body(error))
 
-    async def _send_all(self, first: bytes, send: Send) -> None:
+    async def _send_all(self, first: bytes, send: Send, carriage: Carriage) -> None:
         if first is self.end:
             return
         await self._send(first, send)
@@ -214,6 +215,7 @@ class EventStream(Response):
             async for chunk in self._events:
                 await self._send(chunk, send)
         except HeadraceError as error:
+            carriage.note_failure(error)
             await self._send(self.failure(error), send)
 
     async def _send(self, chunk: bytes, send: Send) -> None:

@@ -123,6 +123,10 @@ class DeviceRef(msgspec.Struct, frozen=True, array_like=True, tag="device"):
         return sum(area.size for area in self.areas)
 
 
+DEFAULT_GROUP: Final = "weight_update_group"
+"""The name of a trainer's group where none is given."""
+TRANSFER_GROUP: Final = "vllm_weight_transfer"
+"""Of the one that vLLM's calls make."""
 SEPARATE: Final = -1
 TOGETHER: Final = 1 << 62
 """Packings of tensors that are broadcast: they go in one until their bytes are more than so many."""

@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 EVENT_SECONDS = 0.002
+Headers = dict[str, str]
 
 
 class FakeReplica:
@@ -80,7 +81,7 @@ class FakeReplica:
             await self._reply(writer, status, told)
             return True
         self.seen.append((f"{method} {target}", headers, body))
-        answering = asyncio.ensure_future(self._answer(writer, target, body))
+        answering = asyncio.ensure_future(self._answer(writer, target, body, headers))
         watching = asyncio.ensure_future(reader.read(1))  # nothing comes before the answer has gone
         done, _ = await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
         if answering not in done:
@@ -91,7 +92,7 @@ class FakeReplica:
         await asyncio.wait((watching,))
         return answering.result()
 
-    async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes) -> bool:
+    async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes, headers: Headers) -> bool:
         if target.partition("?")[0] != "/generate":
             if target in self.held:
                 await self.held[target].wait()

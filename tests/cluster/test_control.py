@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.cluster.builders import Routed
-from tests.cluster.replica import FakeReplica
+from tests.cluster.replica import FakeReplica, Headers
 from tests.cluster.test_router import tell
 
 
@@ -81,7 +81,7 @@ def test_a_question_has_the_answer_that_all_give() -> None:
 
 def test_a_client_that_leaves_gives_a_command_up() -> None:
     async def story(found: Routed) -> None:
-        async def slow(writer: asyncio.StreamWriter, target: str, body: bytes) -> bool:
+        async def slow(writer: asyncio.StreamWriter, target: str, body: bytes, headers: Headers) -> bool:
             await asyncio.sleep(3600)
             return False
 

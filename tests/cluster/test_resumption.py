@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import operator
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 from headrace.cluster.options import RouterOptions
-from headrace.cluster.resumption import resumption_of
+from headrace.cluster.resumption import Resumption
 from headrace.cluster.router import ReplicaRouter
 from headrace.server.listening import listen
+from headrace.types.carried import CARRY_HEADER, CarriedBefore, CarriedPart, PackedGeneration
+from headrace.types.http import framed
 from tests.cluster.builders import Routed
-from tests.cluster.replica import FakeReplica
+from tests.cluster.replica import FakeReplica, Headers
 from tests.cluster.test_router import events_of
 from tests.cluster.weighted import WeightedReplica, token_at
 
@@ -155,190 +154,159 @@ def test_off_or_out_of_replicas_it_ends_with_a_retryable_error() -> None:
     asyncio.run(story(2, 2, wait_timeout=0.5))
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"input_ids": [PROMPT, PROMPT]},
-        {"input_ids": None, "text": "abc"},
-        {"sampling_params": {"max_new_tokens": 5, "n": 2}},
-        {"sampling_params": [{"max_new_tokens": 5}]},
-        {"sampling_params": {"max_new_tokens": "many"}},
-        {"num_output_ids_in_prompt": [1]},
-        {"stream": "yes"},
-        {"stream": False},
-    ],
-)
-def test_what_is_not_one_sample_of_one_prompt_of_ids_is_not_touched(asked: dict[str, Any]) -> None:
-    assert resumption_of("/generate", msgspec.json.encode({**ASKED, "stream": True, **asked}), "streams") is None
-    assert resumption_of("/v1/completions", msgspec.json.encode({**ASKED, "stream": True}), "streams") is None
-    assert resumption_of("/generate", b"{", "all") is None
-    assert resumption_of("/generate", msgspec.json.encode({**ASKED, "stream": True}), "streams") is not None
-
-
-def test_events_that_come_together_are_told_apart() -> None:
-    """Of a cumulative stream the last one repeats those before it."""
-
-    def event(ids: list[int]) -> bytes:
-        meta = {"id": "r", "seed": 7, "completion_tokens": len(ids), "finish_reason": None, "prompt_tokens": 3}
-        return b"data: " + msgspec.json.encode({"output_ids": ids, "meta_info": meta}) + b"\n\n"
-
-    for is_incremental, part in ((False, event([5]) + event([5, 6])), (True, event([5]) + event([6]))):
-        asked = {**ASKED, "stream": True, "incremental_streaming_output": is_incremental}
-        resumption = resumption_of("/generate", msgspec.json.encode(asked), "streams")
-        assert resumption is not None and resumption.take(part) == part
-        body = msgspec.json.decode(resumption.next_body() or b"")
-        assert body["input_ids"] == [*PROMPT, 5, 6] and body["num_output_ids_in_prompt"] == 2
+def test_a_body_of_any_kind_is_passed_on_as_it_came() -> None:
+    """It is the replica that knows what may go on elsewhere."""
+    for body in (b"{", b"", b'{"stream": "yes"}'):
+        resumption = Resumption(body, "all")
+        assert resumption.request() == ([(CARRY_HEADER, b"all")], body)
+        resumption.move()
+        assert resumption.request() == ([(CARRY_HEADER, b"all")], body) and not resumption.num_moves
 
 
 class ScriptedReplica(FakeReplica):
-    """Streams these bytes, each piece by itself, and breaks off behind the last unless it `ends`."""
+    """Streams these bytes, each piece by itself, and breaks off behind the last unless it `ends`. Carried, if it is
+    asked for that and does not refuse to."""
 
-    def __init__(self, *pieces: bytes, ends: bool = True) -> None:
+    def __init__(self, *pieces: bytes, ends: bool = True, carries: str = "stream") -> None:
         super().__init__()
         self.pieces = pieces
         self.ends = ends
+        self.carries = carries
+        self.bodies: list[tuple[Headers, bytes]] = []
 
-    async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes) -> bool:
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+    async def _answer(self, writer: asyncio.StreamWriter, target: str, body: bytes, headers: Headers) -> bool:
+        self.bodies.append((headers, body))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n")
+        writer.write(b"X-Headrace-Carried: %b\r\n\r\n" % self.carries.encode() if self.carries else b"\r\n")
         for piece in self.pieces:
             writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             await writer.drain()
             await asyncio.sleep(0.01)
         if self.ends:
-            writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+            writer.write(b"0\r\n\r\n")
             await writer.drain()
         return self.ends
 
 
-def event(ids: list[int], num: int, **more: Any) -> bytes:
-    """One of what is new, of a sample that has `num` tokens by now."""
-    meta = {"id": "r", "seed": 7, "completion_tokens": num, "finish_reason": None, "prompt_tokens": 3, **more}
-    return b"data: " + msgspec.json.encode({"output_ids": ids, "meta_info": meta}) + b"\n\n"
+def part(told: bytes = b"", *tokens: int, **more: Any) -> bytes:
+    """A part that tells of these tokens."""
+    made: dict[str, Any] = {"logprobs": [0.0], "seed": 7}
+    pieces = [PackedGeneration(request_id="r", token_ids=[each], **made) for each in tokens]
+    packed = b"".join(msgspec.msgpack.encode((0, each)) for each in pieces)
+    return framed(msgspec.msgpack.encode(CarriedPart(told, len(tokens), packed, begun_at=9.5, name="call", **more)))
 
 
-ERROR = {"message": "logits", "code": 500, "retryable": False, "err_type": "NonFiniteError"}
-TOLD = b"data: " + msgspec.json.encode({"error": ERROR}) + b"\n\n"
-END = {"finish_reason": {"type": "stop"}}
+LAST = part(b"data: [DONE]\n\n", is_last=True)
+LOST = part(b"data: sorry\n\n", is_lost=True)
 
 
-async def answered(replicas: list[FakeReplica], *, is_stream: bool) -> Any:
-    async with over([await each.start() for each in replicas], resume="all", wait_timeout=1) as found:
-        asked = {**ASKED, "stream": is_stream, "incremental_streaming_output": True}
-        return await found.generate(**asked)
+async def answered(replicas: list[FakeReplica], max_attempts: int = 3, **asked: Any) -> Any:
+    async with over(
+        [await each.start() for each in replicas], resume="all", wait_timeout=1, max_attempts=max_attempts
+    ) as found:
+        return await found.generate(**{**ASKED, "stream": True, **asked})
 
 
-@pytest.mark.parametrize("before", [(), (event([5], 1),)], ids=["at once", "behind a token"])
-def test_a_stream_that_ends_with_an_error_is_no_answer(before: tuple[bytes, ...]) -> None:
-    """Of whichever replica: the client is told it, and gets nothing for the whole."""
-
+def test_what_came_is_sent_to_the_next_one_before_the_clients_own_body() -> None:
     async def story() -> None:
-        reply = await answered([ScriptedReplica(*before, TOLD)], is_stream=False)
-        assert (reply.status_code, reply.json()["err_type"]) == (500, "NonFiniteError")
-        cut = ScriptedReplica(event([5], 1), ends=False)
-        reply = await answered([cut, ScriptedReplica(*before, TOLD)], is_stream=True)
-        assert events_of(reply.text)[-1]["error"] == ERROR and reply.text.endswith("data: [DONE]\n\n")
+        first = ScriptedReplica(part(b"a", 5) + part(b"b", 6, 7), part(b"u"), ends=False)
+        second = ScriptedReplica(part(b"c", 8), ends=False)
+        third = ScriptedReplica(part(b"d", 9), LAST)
+        reply = await answered([first, second, third])
+        assert reply.text == "abucddata: [DONE]\n\n"
+        asked = [*first.bodies, *second.bodies, *third.bodies]
+        own = asked[0][1]
+        assert [headers["x-headrace-carry"] for headers, _ in asked] == ["all"] * 3
+        assert "x-headrace-continues" not in asked[0][0]
+        for (headers, body), ids, num in zip(asked[1:], ([5, 6, 7], [5, 6, 7, 8]), (1, 2), strict=True):
+            size = int(headers["x-headrace-continues"])
+            before = msgspec.msgpack.decode(body[:size], type=CarriedBefore)
+            assert body[size:] == own and [piece.token_ids[0] for _, piece in before.pieces] == ids
+            assert (before.begun_at, before.name, before.num_moves) == (9.5, "call", num)
+            assert before.num_told == (1 if num == 1 else 0)
 
     asyncio.run(story())
 
 
-NONSENSE = (
-    b"data: {nonsense\n\n",
-    b'data: {"meta_info":3}\n\n',
-    b'data: {"meta_info":{"seed":1},"output_ids":3}\n\n',
-    b'data: {"meta_info":' + b"[" * 100_000 + b"\n\n",
-)
-
-
-def test_what_a_replica_answers_that_cannot_be_read_is_asked_elsewhere() -> None:
-    async def story(*pieces: bytes) -> None:
-        good = ScriptedReplica(event([6], 1, **END))
-        reply = await answered([ScriptedReplica(*pieces), good], is_stream=False)
-        assert reply.json()["output_ids"] == [6]
-        cut = ScriptedReplica(event([5], 1), ends=False)
-        reply = await answered([cut, ScriptedReplica(*pieces), good], is_stream=True)
-        ids = [each["output_ids"] for each in events_of(reply.text)]
-        assert ids == ([[5], [6]] if pieces else [[5]])
-
-    for pieces in ((), *((each,) for each in NONSENSE)):
-        asyncio.run(story(*pieces))
-
-
-def test_a_first_part_that_cannot_be_read_ends_with_a_retryable_error() -> None:
+def test_an_engine_that_died_is_not_told_and_what_came_with_it_is_kept() -> None:
     async def story() -> None:
-        reply = await answered([ScriptedReplica(NONSENSE[1], ends=False), ScriptedReplica()], is_stream=True)
-        assert events_of(reply.text)[-1]["error"]["retryable"] is True
+        reply = await answered([ScriptedReplica(part(b"a", 5) + LOST), ScriptedReplica(part(b"b", 6) + LAST)])
+        assert reply.text == "abdata: [DONE]\n\n"
 
     asyncio.run(story())
 
 
-def int32(*values: int) -> str:
-    return base64.b64encode(np.array(values, "<i4").tobytes()).decode()
+NONSENSE = (b"\x03\0\0\0abc", b"\xff\xff\xff\xff", b"\x02\0\0\0\x91\x03", part(b"z")[:-1])
 
 
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_the_tokens_that_each_one_could_have_been_are_those_of_all(is_stream: bool) -> None:
-    """Base64 of int32 that follow each other, and where those of each token begin and end."""
-
-    def kept(ids: list[int], *offsets: int) -> dict[str, str]:
-        return {"top_p_token_ids": int32(*ids), "top_p_token_offsets": int32(*offsets)}
-
+@pytest.mark.parametrize("nonsense", NONSENSE)
+def test_what_a_replica_answers_that_cannot_be_read_is_asked_elsewhere(nonsense: bytes) -> None:
     async def story() -> None:
-        cut = ScriptedReplica(event([5], 1, **kept([5, 8], 0, 2)), event([6], 2, **kept([6], 0, 1)), ends=False)
-        rest = ScriptedReplica(event([7], 1, **kept([1, 7, 9], 0, 3)), event([], 1, **kept([], 0), **END))
-        reply = await answered([cut, rest], is_stream=is_stream)
-        if not is_stream:
-            whole, meta = kept([5, 8, 6, 1, 7, 9], 0, 2, 3, 6), reply.json()["meta_info"]
-            assert {name: meta[name] for name in whole} == whole
-            return
-        told = [each["meta_info"] for each in events_of(reply.text)]
-        assert [each["top_p_token_ids"] for each in told] == [int32(5, 8), int32(6), int32(1, 7, 9), ""]
-        assert [each["top_p_token_offsets"] for each in told] == [int32(0, 2), int32(0, 1), int32(0, 3), int32(0)]
+        reply = await answered([ScriptedReplica(part(b"a", 5) + nonsense), ScriptedReplica(part(b"b", 6) + LAST)])
+        assert reply.text == "abdata: [DONE]\n\n"
 
     asyncio.run(story())
 
 
-def test_events_may_be_cut_anywhere() -> None:
-    """A token that came in two pieces is no token that is lost."""
+def test_a_whole_answer_is_begun_anew_where_its_own_bytes_broke() -> None:
+    async def story() -> None:
+        head: dict[str, Any] = {"status": 201, "headers": {"content-type": "text/x", "content-length": "999"}}
+        first = ScriptedReplica(part(b"", 5), part(b"he", **head), ends=False, carries="whole")
+        second = ScriptedReplica(part(b"he", **head), part(b"llo", is_last=True), carries="whole")
+        reply = await answered([first, second], stream=False)
+        assert (reply.status_code, reply.text, reply.headers["content-type"]) == (201, "hello", "text/x")
+        size = int(second.bodies[0][0]["x-headrace-continues"])
+        assert msgspec.msgpack.decode(second.bodies[0][1][:size], type=CarriedBefore).num_told == 0
 
-    async def story(num: int) -> None:
-        told = event([5], 1) + event([6], 2)
-        pieces = [told[at : at + num] for at in range(0, len(told), num)]
-        good = ScriptedReplica(event([8], 1, **END))
-        reply = await answered([ScriptedReplica(*pieces, b"data: {", ends=False), good], is_stream=True)
-        assert [each["output_ids"] for each in events_of(reply.text)] == [[5], [6], [8]]
-        assert events_of(reply.text)[-1]["meta_info"]["completion_tokens"] == 3
+    asyncio.run(story())
 
-    for num in (40, 150):
-        asyncio.run(story(num))
+
+def test_a_whole_answer_that_says_that_its_engine_died_is_asked_elsewhere() -> None:
+    async def story() -> None:
+        died = msgspec.json.encode({"retryable": True, "err_type": "EngineDeadError"})
+        first = ScriptedReplica(part(b"", 5), part(died, status=503, is_last=True), carries="whole")
+        second = ScriptedReplica(part(b"{}", status=200, is_last=True), carries="whole")
+        reply = await answered([first, second], stream=False)
+        assert (reply.status_code, reply.text) == (200, "{}")
+
+    asyncio.run(story())
+
+
+def test_one_that_does_not_go_on_with_it_tells_the_client_nothing() -> None:
+    async def story() -> None:
+        first, strange = ScriptedReplica(part(b"data: a\n\n", 5), ends=False), ScriptedReplica(b"x" * 9, carries="")
+        *events, end = (await answered([first, strange], 2)).text.split("\n\n")[:-1]
+        assert events[0] == "data: a" and "retryable" in events[1] and end == "data: [DONE]"
+
+    asyncio.run(story())
+
+
+def test_an_answer_that_is_whole_but_for_its_connections_end_is_whole() -> None:
+    async def story() -> None:
+        reply = await answered([ScriptedReplica(part(b"a", 5), LAST, ends=False)])
+        assert reply.text == "adata: [DONE]\n\n"
+
+    asyncio.run(story())
+
+
+def test_a_client_cannot_speak_as_a_router() -> None:
+    async def story() -> None:
+        replica = ScriptedReplica(b"told", carries="")
+        async with over([await replica.start()], resume="off") as found:
+            headers = {"x-headrace-carry": "all", "x-headrace-continues": "3"}
+            assert (await found.http.post("/v1/completions", content=b"{}", headers=headers)).text == "told"
+            assert not {"x-headrace-carry", "x-headrace-continues"} & replica.bodies[0][0].keys()
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
-def test_pieces_of_an_event_are_joined_once_at_its_end(size: int) -> None:
-    """A large one, with the experts of its tokens, comes in very many."""
-    told = event([5], 1) + event([6], 2, **END) + b"data: [DONE]\n\nxy"
-    found = resumption_of("/generate", msgspec.json.encode({**ASKED, "stream": True}), "streams")
-    assert found is not None
-    pieces = [told[at : at + size] for at in range(0, len(told), size)]
-    passed = []
-    for number, piece in enumerate(pieces, 1):
-        part = found.take(piece)
-        assert part is not None
-        passed.append(part)
-        waiting = found._rest[1:]  # behind what was cut off with the event before: as they came
-        assert all(map(operator.is_, waiting, pieces[number - len(waiting) : number]))
-        assert sum(map(len, found._rest)) == sum(map(len, pieces[:number])) - sum(map(len, passed))
-    assert b"".join(passed) == told[:-2] and found.rest() == b"xy" and found.is_finished
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_ranges_of_tokens_name_the_weights_of_all(is_stream: bool) -> None:
-    async def story(last: str) -> list[Any]:
-        first = ScriptedReplica(event([4, 5], 2, version_spans=[["a", 2]], version_epochs=[1]), ends=False)
-        ranges = [{"version": "a", "start": 0, "end": 1}, {"version": last, "start": 1, "end": 3}]
-        spans = {"version_spans": [["a", 1], [last, 2]], "version_epochs": [1, 2]}
-        second = ScriptedReplica(event([6, 7, 8], 3, **spans, **END, weight_versions=ranges))
-        reply = await answered([first, second], is_stream=is_stream)
-        meta = (events_of(reply.text)[-1] if is_stream else reply.json())["meta_info"]
-        return [(each["version"], each["start"], each["end"]) for each in meta["weight_versions"]]
-
-    assert asyncio.run(story("b")) == [("a", 0, 3), ("b", 3, 5)]
+def test_parts_may_be_cut_anywhere(size: int) -> None:
+    raw = part(b"a", 5) + part() + part(b"b", 6) + LAST
+    resumption = Resumption(b"own", "streams")
+    taken = [resumption.take(raw[at : at + size], is_whole=False) for at in range(0, len(raw), size)]
+    assert b"".join(each.told for each in taken) == b"abdata: [DONE]\n\n" and taken[-1].is_last
+    assert not any(each.is_last for each in taken[:-1]) and not any(each.problem for each in taken)
+    (_, (_, size_of_before)), body = resumption.request()
+    before = msgspec.msgpack.decode(body[: int(size_of_before)], type=CarriedBefore)
+    assert [piece.token_ids for _, piece in before.pieces] == [[5], [6]] and body.endswith(b"own")

@@ -266,8 +266,8 @@ def test_pages_of_browsers_are_kept_out_of_a_router_without_a_key() -> None:
 
 def test_what_does_not_go_through_a_router_is_refused_by_name() -> None:
     async def story(found: Routed) -> None:
-        reply = await found.http.post("/update_weights_from_distributed", content=b"x" * 100_000)
-        assert reply.status_code == 501 and "joins no weight group" in reply.json()["message"]
+        reply = await found.http.post("/slow_down", content=b"x" * 100_000)
+        assert reply.status_code == 501 and "send it to each replica" in reply.json()["message"]
         assert (await found.http.post("/headrace/save_model")).status_code == 501
         assert (await found.http.get("/generate")).status_code == 405
         assert (await found.http.get("/nowhere")).status_code == 404

@@ -29,14 +29,14 @@ Tensors = dict[str, torch.Tensor]
 class RouterThread:
     """A router on a loop of its own, for tests that block."""
 
-    def __init__(self, urls: list[str], **options: Any) -> None:
+    def __init__(self, urls: list[str], weights_folder: Path | None = None, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self.url = self._run(self._start(urls, options))
+        self.url = self._run(self._start(urls, weights_folder, options))
 
-    async def _start(self, urls: list[str], options: dict[str, Any]) -> str:
-        self.router = ReplicaRouter(urls, RouterOptions.from_dict(options))
+    async def _start(self, urls: list[str], weights_folder: Path | None, options: dict[str, Any]) -> str:
+        self.router = ReplicaRouter(urls, RouterOptions.from_dict(options), weights_folder=weights_folder)
         listener = listen("127.0.0.1", 0)
         await self.router.start(listener)
         async with asyncio.timeout(60):
