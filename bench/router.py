@@ -6,7 +6,8 @@ Three processes: an upstream that answers with bytes it has ready, `headrace rou
 `direct_us` and `routed_us` are medians of one request after the other, in blocks of 100 that take turns; of each the
 least of all rounds, since others use the machine too, and `added_us` is their difference. `per_core` is work per second
 of the router's own CPU time, which holds whatever else the machine does; `per_second` is by the clock. A streamed token
-is an event of its own, as `/generate` sends it.
+is an event of its own, as `/generate` sends it; its stream is carried, as a replica's is (`headrace.types.carried`), so
+that it could go on elsewhere.
 """
 
 from __future__ import annotations
@@ -22,13 +23,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from headrace.bench.http_wire import connect, post, read_body
+from headrace.types.carried import CARRIED_HEADER, CARRY_HEADER, STREAM, CarriedPart, PackedGeneration
+from headrace.types.http import framed
 
 PROMPT_TOKENS = 512
 OUTPUT_TOKENS = 256
 CONCURRENCY = 32
 NUM_PROMPTS = 64
 _EVENT = b'data: {"text":" word","output_ids":[1234],"meta_info":{"id":"0123456789abcdef","completion_tokens":12}}\n\n'
+_PIECE = PackedGeneration(
+    request_id="0123456789abcdef", token_ids=[1234], logprobs=[-0.5], version_spans=[("7", 1)], version_epochs=[7]
+)
+_PARTS = [
+    framed(msgspec.msgpack.encode(CarriedPart(_EVENT, 1, msgspec.msgpack.encode((0, _PIECE)), is_last=is_last)))
+    for is_last in (False, True)
+]
 _WHOLE = json.dumps({"text": "x", "output_ids": list(range(OUTPUT_TOKENS)), "meta_info": {"id": "0123456789abcdef"}})
 
 
@@ -49,17 +61,19 @@ class Upstream(asyncio.Protocol):
             is_stream = b'"stream":true' in self._buffer[end:size]
             self._buffer = self._buffer[size:]
             if is_stream:
-                asyncio.get_running_loop().create_task(self._stream())
+                asyncio.get_running_loop().create_task(self._stream(is_carried=CARRY_HEADER in head))
             else:
                 length = b"content-length: %d\r\n\r\n" % len(_WHOLE)
                 self._transport.write(b"HTTP/1.1 200 OK\r\n" + length + _WHOLE.encode())
 
-    async def _stream(self) -> None:
+    async def _stream(self, *, is_carried: bool) -> None:
+        carried = b"%b: %b\r\n" % (CARRIED_HEADER, STREAM) if is_carried else b""
         self._transport.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n" + carried + b"\r\n"
         )
-        for _ in range(OUTPUT_TOKENS):
-            self._transport.write(b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT))
+        for number in range(OUTPUT_TOKENS):
+            data = _PARTS[number == OUTPUT_TOKENS - 1] if is_carried else _EVENT
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
             await asyncio.sleep(0)  # the other streams have their turn
         self._transport.write(b"0\r\n\r\n")
 
