@@ -35,6 +35,8 @@ def checked_weight_map(resolved: ResolvedConfig, shard: Shard = ONLY_RANK) -> We
         names.check_manifest(manifest, partial=False)
     except WeightUpdateError as error:
         message = f"the weights in {resolved.folder} are not those of its config.json: {error.message}"
+        if resolved.engine.load_format == "sharded":
+            message += "; a sharded save is for the version of Headrace and the settings that it was made with"
         raise CheckpointError(message, field=error.field) from None
     return table
 

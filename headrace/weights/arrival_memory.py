@@ -85,7 +85,8 @@ class ArrivalMemory:
 
     def take(self, size: int, until: float) -> Buffer:
         """A buffer for `size` bytes. Waits until enough was put back, or raises `TimeoutError` at `until` (of the
-        monotonic clock); `OSError` where there is no memory."""
+        monotonic clock); `OSError`, or a device's `torch.OutOfMemoryError`, where there is no memory even for it
+        alone."""
         with self._returned:
             while (found := self._found(size)) is None:
                 if not self._returned.wait(until - time.monotonic()):
@@ -107,9 +108,22 @@ class ArrivalMemory:
             self._num_bytes -= self._free.pop(0).capacity
         if self._num_bytes and self._num_bytes + capacity > self._most:
             return None
-        found = self._new(capacity)
-        self._num_bytes += capacity
+        found = self._made(capacity)
+        if found is not None:
+            self._num_bytes += capacity
         return found
+
+    def _made(self, capacity: int) -> Buffer | None:
+        """A new one. None where there is no more memory before what is in use is put back."""
+        while True:
+            try:
+                return self._new(capacity)
+            except (OSError, torch.OutOfMemoryError):
+                if not self._num_bytes:
+                    raise
+            if not self._free:
+                return None
+            self._num_bytes -= self._free.pop(0).capacity
 
     def _new(self, capacity: int) -> Buffer:
         if self._make is not None:

@@ -23,6 +23,7 @@ from headrace.weights.staging import (
     SideStream,
     StageWork,
     TensorData,
+    as_bytes,
     is_finite,
     not_finite,
     source_of,
@@ -62,7 +63,7 @@ class Arriving:
         info = self._transaction.manifest[index]
         source = source_of(info, data, start)
         if self._on_device and isinstance(data, torch.Tensor) and self._lies_here(data):
-            return self.all(iter([StagePiece(index, data.view(-1).view(torch.uint8), None, True, False)]))
+            return self.all(iter([StagePiece(index, as_bytes(data.detach()), None, True, False)]))
         arrival = self._arriving(index, start)
         return StageWork(
             source,

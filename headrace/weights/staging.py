@@ -41,7 +41,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> Bytes:
     """The bytes of a contiguous tensor in row-major order: on CPU a view of its memory, elsewhere a copy."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return as_bytes(tensor.detach().cpu().contiguous()).numpy()
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor, uint8 [size]. A tensor of one element is that with any stride, which its bytes
+    must not have."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def row_blocks(shape: tuple[int, ...], element_size: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:

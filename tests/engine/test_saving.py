@@ -31,6 +31,7 @@ from headrace import (
     UpdateConflictError,
     check_saved_model,
 )
+from headrace.config import shares
 from headrace.engine import saving
 from headrace.weights.save_folder import FolderTarget
 from headrace.weights.save_target import NewFile
@@ -405,7 +406,9 @@ def test_a_saved_folder_is_held_against_its_digests_before_it_is_taken(start: St
 
 
 @pytest.mark.parametrize("layout", [{"tp_size": 2}, {"pp_size": 2}], ids=["shares", "stages"])
-def test_several_ranks_save_whole_tensors_and_each_its_own(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_several_ranks_save_whole_tensors_and_each_its_own(
+    tmp_path: Path, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("qwen3", num_key_value_heads=2)
     model.save_pretrained(tmp_path / "model")
     settings = {**SETTINGS, "skip_tokenizer_init": True, "inprocess": True}
@@ -425,3 +428,7 @@ def test_several_ranks_save_whole_tensors_and_each_its_own(tmp_path: Path, layou
         assert engine.digest() == digests and tokens_of(engine) == tokens
     with pytest.raises(CheckpointError, match=r"of 2 rank\(s\)"):
         Engine(tmp_path / "sharded", **settings)
+    if "tp_size" in layout:
+        monkeypatch.setattr(shares, "VOCABULARY_BLOCK", 64)  # as of another version
+        with pytest.raises(CheckpointError, match=r"embed has shape \[51, .*expected \[64, .*the version of Headrace"):
+            Engine(tmp_path / "sharded", **layout, **settings)

@@ -272,6 +272,30 @@ def test_memory_that_cannot_be_had_is_an_error_in_time() -> None:
         ArrivalMemory().take(1 << 62, time.monotonic())
 
 
+def test_a_device_without_room_for_more_ahead_is_waited_for() -> None:
+    """What is free goes first, and then what is in use has to be put back; without room for one alone it is an
+    error."""
+    left = 3 << 20
+
+    def make(capacity: int) -> Plain:
+        if capacity > left - memory._num_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Plain(capacity)
+
+    memory = ArrivalMemory(make)
+    first, second = memory.take_now(1 << 20), memory.take_now(2 << 20)
+    assert first and second and memory.take_now(1) is None
+    with pytest.raises(TimeoutError):
+        memory.take(1, time.monotonic() + 0.05)
+    memory.put(second)
+    assert memory.take_now(1) and not memory._free and memory._num_bytes == 2 << 20
+    memory.put(first)
+    assert memory.take(1, time.monotonic()) is first
+    memory = ArrivalMemory(make)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.take_now(4 << 20)
+
+
 def test_no_addresses_behind_a_buffer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_memory, "GUARD_BYTES", 1 << 60)
     assert ArrivalMemory().take(8, time.monotonic()).armed(8).nbytes == 8

@@ -19,7 +19,7 @@ from headrace.weights.device_staging import DeviceCopies
 from headrace.weights.memory import Copies, StageBuffer
 from headrace.weights.session import WeightMachine
 from headrace.weights.stage_buffers import AreaBytes, DeviceBuffers, Opened
-from headrace.weights.staging import StageWork
+from headrace.weights.staging import StageWork, as_bytes, bytes_of
 from headrace.weights.store import WeightStore
 from tests.weights.test_device_staging import moved_one_by_one
 from tests.weights.tiny import Tensors, live_bits, make_map, make_store, make_tensors, manifest_of
@@ -196,6 +196,16 @@ def test_a_tensor_that_lies_there_is_looked_at_first() -> None:
     with pytest.raises(WeightUpdateError, match="finite") as caught:
         store.stage(0, torch.full_like(first, torch.nan)).advance(60.0)
     assert caught.value.field == manifest[0].name
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((1,), (5,)), ((1, 1), (0, 3)), ((), ()), ((2, 1), (1, 7)), ((0,), (9,))]
+)
+def test_bytes_of_what_torch_calls_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """One element is so whatever its strides: a slice of something larger, from a trainer or another engine."""
+    tensor = torch.arange(4.0).as_strided(shape, strides, 2)
+    assert tensor.is_contiguous()
+    assert bytes_of(tensor).tobytes() == as_bytes(tensor).numpy().tobytes() == tensor.numpy().tobytes()
 
 
 @pytest.mark.parametrize("what", ["nan", "digest"])
