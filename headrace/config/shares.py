@@ -12,6 +12,9 @@ from headrace.types.errors import ConfigError
 VOCABULARY_BLOCK = 4096
 """Tokens that sampling looks at together."""
 
+ALIGNED_COLUMNS = 16
+"""That kernels are compiled for: in which order lanes are added up depends on whether rows are multiples of it."""
+
 
 class PipelineStage(msgspec.Struct, frozen=True):
     """Layers `start` to `end` - 1 of a model. The first stage has the embedding, the last one final norm and head."""
@@ -53,11 +56,12 @@ def share_of(model: ModelSpec, num_ranks: int) -> ModelSpec:
 
 
 def vocabulary_rows(vocab_size: int, num_ranks: int) -> int:
-    """Of the vocabulary on each rank, of which the last may end with padding. Whole blocks, which ranks can sample from
-    apart, where each rank has some of it then; else as many as come out most evenly."""
+    """Of the vocabulary on each rank, of which the last may end with padding. Whole blocks, if ranks can sample from
+    such shares and each has some of it then; else as many as come out most evenly."""
     rows = -(-vocab_size // num_ranks)
     whole = -(-rows // VOCABULARY_BLOCK) * VOCABULARY_BLOCK
-    return whole if num_ranks > 1 and whole * (num_ranks - 1) < vocab_size else rows
+    is_shared = num_ranks > 1 and vocab_size % ALIGNED_COLUMNS == 0
+    return whole if is_shared and whole * (num_ranks - 1) < vocab_size else rows
 
 
 def _share_of_layer(layer: LayerSpec, num_ranks: int) -> LayerSpec:

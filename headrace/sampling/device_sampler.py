@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headrace.config.shares import vocabulary_rows
+from headrace.config.shares import ALIGNED_COLUMNS, vocabulary_rows
 from headrace.kernels.triton.kept_rows import kept_rows, num_words
 from headrace.kernels.triton.logits_processors import (
     NO_COPY,
@@ -56,7 +56,6 @@ __all__ = ["RECORD_SIZE", "DeviceSampler", "PendingExtras", "PendingScores"]
 Integers = npt.NDArray[np.integer]
 SamplingPath = Literal["plain", "truncated", "eager"]
 
-_ALIGNED_COLUMNS = 16  # that kernels are compiled for
 _COPIED_ELEMENTS = 1 << 25
 """Logits copied at once for rows that are processed."""
 
@@ -151,8 +150,8 @@ class DeviceSampler:
 
     def samples_shares(self, num_ranks: int) -> bool:
         """Whether ranks that share the vocabulary can sample with `walk_share`. Only where whole rows are aligned as
-        those of a share are: in which order lanes are added up depends on that, and a row's bits must not."""
-        is_aligned = self.vocab_size % _ALIGNED_COLUMNS == 0
+        those of a share are, since a row's bits must not depend on the way."""
+        is_aligned = self.vocab_size % ALIGNED_COLUMNS == 0
         return is_aligned and vocabulary_rows(self.vocab_size, num_ranks) % BLOCK == 0
 
     def walk_share(self, logits_SW: Tensor, rank: int, slots_S: Tensor, positions_S: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ def test_the_vocabulary_is_shared_in_whole_blocks_where_all_ranks_have_some_of_i
     assert vocabulary_rows(151_936, 1) == 151_936
     assert vocabulary_rows(151_936, 2) == 19 * 4096
     assert vocabulary_rows(151_936, 8) == 5 * 4096
-    assert vocabulary_rows(50_257, 8) == -(-50_257 // 8), "7 times 8,192 are more"
-    assert vocabulary_rows(4097, 2) == 4096
+    assert vocabulary_rows(50_256, 8) == 6282, "7 times 8,192 are more"
+    assert vocabulary_rows(50_257, 2) == 25_129, "no multiple of 16"
+    assert vocabulary_rows(4112, 2) == 4096
     assert vocabulary_rows(4096, 2) == 2048
     for num_ranks in range(2, 9):
         for vocab_size in range(num_ranks * num_ranks, 70_000, 379):
