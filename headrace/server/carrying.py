@@ -27,7 +27,7 @@ from headrace.types.carried import (
     CarriedBefore,
     CarriedPart,
 )
-from headrace.types.errors import HeadraceError, PauseTimeoutError, RequestError
+from headrace.types.errors import HeadraceError, PauseTimeoutError, RequestError, UnavailableError
 from headrace.types.generation import Generation
 from headrace.types.http import framed
 
@@ -144,7 +144,8 @@ class CarriedCall(Carriage):
 
     def note_failure(self, error: HeadraceError) -> None:
         """See `Carriage`."""
-        self._is_lost = self._is_lost or (error.retryable and not isinstance(error, PauseTimeoutError))
+        is_of_engine = isinstance(error, UnavailableError) and not isinstance(error, PauseTimeoutError)
+        self._is_lost = self._is_lost or (is_of_engine and error.retryable)
 
     def note(self, pieces: list[Generation], *, are_before: bool) -> None:
         """The face gets these."""

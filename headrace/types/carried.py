@@ -8,6 +8,8 @@ what the client's dialect makes of them. No I/O.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from headrace.types.generation import Generation
@@ -19,6 +21,10 @@ CONTINUES_HEADER = b"x-headrace-continues"
 CARRIED_HEADER = b"x-headrace-carried"
 """Of an answer that is parts: "stream" or "whole"."""
 STREAM, WHOLE = b"stream", b"whole"
+
+
+_LATEST = 1e11  # seconds since the epoch
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 
 
 class PackedGeneration(Generation, frozen=True, kw_only=True, array_like=True):
@@ -64,7 +70,7 @@ class CarriedBefore(msgspec.Struct, frozen=True, array_like=True):
     """
 
     pieces: list[Piece]
-    begun_at: float
+    begun_at: Annotated[float, msgspec.Meta(ge=0.0, le=_LATEST)]
     name: str
-    num_moves: int
-    num_told: int
+    num_moves: _Count
+    num_told: _Count
