@@ -345,7 +345,7 @@ def before(num: int = 1, call: dict[str, Any] | None = None, **changed: Any) -> 
     piece = PackedGeneration(**{**made, **changed})
     raw = msgspec.Raw(msgspec.msgpack.encode((0, piece)))
     return msgspec.msgpack.encode(
-        CarriedBefore([raw] * num, **{"begun_at": 1.0, "name": "r", "num_moves": 1, "num_told": 0, **call})
+        CarriedBefore([raw] * num, **{"begun_at": 1.0, "name": "r", "num_moves": 1, "num_told": 0, **(call or {})})
     )
 
 
