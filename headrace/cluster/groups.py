@@ -80,6 +80,7 @@ class SharedGroups:
         self._updates = updates
         self._options = options
         self._groups: dict[str, SharedGroup] = {}
+        self._joining: set[str] = set()
 
     async def command(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """One of these calls."""
@@ -89,7 +90,7 @@ class SharedGroups:
             if head.path == _WORLD_SIZE:
                 told = await self._world_size(head)
             elif head.path in (_INIT, _TRANSFER_INIT):
-                told = await self._init(head, name, values, body)
+                told = await self._init_once(head, name, values, body)
             elif head.path == _DESTROY:
                 told = await self._destroy(head, name, body)
             else:
@@ -121,6 +122,20 @@ class SharedGroups:
         if len(sizes) < len(answers):
             raise _FailedError([each for each in answers if each.replica not in sizes], answers)
         return sizes
+
+    async def _init_once(self, head: Head, name: str, values: dict[str, Any], body: bytes) -> dict[str, Any]:
+        """As at a server: what is joined has to be destroyed first, and is not harmed by who does not know of it. Of
+        vLLM's trainers a later one takes the place of the one before."""
+        group = self._groups.get(name)
+        if head.path == _INIT and group is not None and not (group.is_broken or group.gone):
+            raise UpdateConflictError(f"weight group {name!r} is joined; destroy it first", field="group_name")
+        if head.path == _INIT and name in self._joining:
+            raise UpdateConflictError(f"weight group {name!r} is being joined", field="group_name")
+        self._joining.add(name)
+        try:
+            return await self._init(head, name, values, body)
+        finally:
+            self._joining.discard(name)
 
     async def _init(self, head: Head, name: str, values: dict[str, Any], body: bytes) -> dict[str, Any]:
         """All healthy replicas join at once, each behind the ranks of those before it."""

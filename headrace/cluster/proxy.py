@@ -53,7 +53,7 @@ class Proxy:
         current weights, `DeadlineError` when one was silent."""
         ask = read_ask(head.headers, body) if generates else _ANY
         mode = self._options.resume
-        resumption = Resumption(body, mode) if generates and mode != "off" else None
+        resumption = Resumption(body, mode, self._options.max_body_bytes) if generates and mode != "off" else None
         try:
             await self._try_each(head, body, exchange, ask, resumption, generates=generates)
         except (UnreachableError, NeedsWeightsError, DeadlineError) as error:
@@ -91,6 +91,8 @@ class Proxy:
             avoided.add(replica.number)
             self._metrics.retries.inc(min(left, 1))
             if resumption is not None:
+                if exchange.has_begun and resumption.is_over:
+                    raise UnreachableError(f"the answer is too long to go on elsewhere: {reason}")
                 resumption.move()
                 self._metrics.resumptions.inc(left > 0 and resumption.has_begun)
         raise UnreachableError(f"no replica answered in {self._options.max_attempts} attempts; the last one: {reason}")

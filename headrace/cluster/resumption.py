@@ -12,12 +12,23 @@ import msgspec
 
 from headrace.cluster.http_parts import MAX_CHUNK_BYTES, Head, Headers
 from headrace.ipc.codec import DECODE_ERRORS
-from headrace.types.carried import CARRIED_HEADER, CARRY_HEADER, CONTINUES_HEADER, WHOLE, CarriedBefore, CarriedPart
+from headrace.types.carried import (
+    CARRIED_HEADER,
+    CARRY_HEADER,
+    CONTINUES_HEADER,
+    MAX_PIECES,
+    WHOLE,
+    CarriedBefore,
+    CarriedPart,
+)
 from headrace.types.http import LENGTH_BYTES
 
 ResumeMode = Literal["off", "streams", "all"]
 RESUME_MODES: tuple[str, ...] = get_args(ResumeMode)
 MAX_PART_BYTES = MAX_CHUNK_BYTES
+
+_FRAME_BYTES = 64
+"""Of a `CarriedBefore`, beside its pieces and its name."""
 
 _decode = msgspec.msgpack.Decoder(CarriedPart).decode
 _pack = msgspec.msgpack.Encoder().encode
@@ -33,10 +44,13 @@ class Taken(NamedTuple):
 
 
 class Resumption:
-    """One call."""
+    """One call. What is kept of it, and the client's body, have at most `max_bytes`: a replica reads no more."""
 
-    def __init__(self, body: bytes, mode: ResumeMode) -> None:
+    def __init__(self, body: bytes, mode: ResumeMode, max_bytes: int) -> None:
         self.num_moves = 0
+        self.is_over = False
+        """More came than is kept: it can only begin anew."""
+        self._max_bytes = max_bytes - len(body) - _FRAME_BYTES
         self._client_body = body
         self._mode = mode.encode()
         self._rest = bytearray()
@@ -64,6 +78,8 @@ class Resumption:
         """What it was asked of last gives no more: the next one is asked."""
         self._rest.clear()
         self._whole.clear()
+        if self.is_over:
+            self.is_over, self._num_told, self._name = False, 0, ""
         if self.has_begun:
             self.num_moves += 1
 
@@ -112,7 +128,13 @@ class Resumption:
 
     def _keep(self, part: CarriedPart, *, is_whole: bool) -> None:
         self._begun_at, self._name = part.begun_at, part.name
-        if part.num_pieces:
+        num_bytes = len(self._pieces) + len(part.pieces) + len(part.name.encode())
+        if self._num_pieces + part.num_pieces > MAX_PIECES or num_bytes > self._max_bytes:
+            self.is_over = True
+        if self.is_over:
+            self._num_pieces = 0
+            self._pieces.clear()
+        elif part.num_pieces:
             self._num_pieces += part.num_pieces
             self._pieces += part.pieces
             self._num_told = 0

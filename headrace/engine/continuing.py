@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from headrace.engine.fields import name_of
 from headrace.engine.requests import GenerateItem
 from headrace.engine.sample import extend_spans
 from headrace.types.errors import RequestError
-from headrace.types.generation import Generation
+from headrace.types.generation import Generation, RoutedExperts
 from headrace.types.request import Request, pack_ids
 
 FIELD = "before"
@@ -47,6 +48,8 @@ def joined(pieces: Sequence[Generation]) -> Generation:
 
 def checked(before: Generation) -> Generation:
     """`before`, if its lists can be what an engine has made. Raises `RequestError`."""
+    if not before.request_id:
+        raise _no_sample("no request_id")
     num_tokens = len(before.token_ids)
     is_aligned = all(len(getattr(before, name)) in (0, num_tokens) for name in _LISTS)
     counts = [count for _, count in before.version_spans]
@@ -59,6 +62,30 @@ def checked(before: Generation) -> Generation:
     if not 0 <= before.seed < 1 << 64:
         raise _no_sample("a seed that is none")
     return before
+
+
+def check_made(item: GenerateItem) -> None:
+    """Raise `RequestError` where what `item` has before is not what was asked for: replies are written by what was."""
+    before, options = item.before, item.logprobs
+    assert before is not None
+    name_of(before.request_id, FIELD)
+    if (before.prompt_index, before.index) != (item.prompt_index, item.index):
+        raise _no_sample("the number of another one")
+    asked = options.num_top > 0, bool(options.token_ids), options.max_kept > 0
+    for wants, name in zip(asked, _LISTS[1:], strict=True):
+        if before.token_ids and bool(getattr(before, name)) != wants:
+            raise _no_sample(f"{name} that were not asked for" if not wants else f"no {name}, which are asked for")
+    routed = before.routed_experts
+    if routed is not None and not (options.routed_start is not None and _is_whole(routed)):
+        raise _no_sample("experts of no model")
+
+
+def ids_of(before: Generation) -> Iterable[int]:
+    """All that have to be tokens of the model."""
+    maps = (before.top_logprobs, before.token_ids_logprobs, before.kept_token_ids)
+    of_prompt = (before.prompt_top_logprobs, before.prompt_token_ids_logprobs)
+    scored = (each or () for each in itertools.chain(*of_prompt))
+    return itertools.chain(before.token_ids, *itertools.chain(*maps), *scored)
 
 
 def rest_of(item: GenerateItem) -> GenerateItem:
@@ -97,6 +124,11 @@ def num_before(item: GenerateItem) -> int:
 def prompt_of(item: GenerateItem, request: Request) -> bytes:
     """The packed ids of the prompt, without what came before."""
     return request.prompt if item.before is None else item.packed or b""
+
+
+def _is_whole(routed: RoutedExperts) -> bool:
+    size = 2 * routed.num_layers * routed.num_per_token
+    return min(routed.num_layers, routed.num_per_token) > 0 and len(routed.experts) % size == 0
 
 
 def _chained(lists: Iterable[list[object]]) -> list[object]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from headrace.engine.client import CoreClient
-from headrace.engine.continuing import prompt_of, rest_of
+from headrace.engine.continuing import check_made, ids_of, prompt_of, rest_of
 from headrace.engine.lookback import Lookback
 from headrace.engine.pacing import Turn
 from headrace.engine.requests import GenerateItem, RequestBuilder
@@ -57,7 +57,8 @@ class Intake:
                 raise _name_in_use(item.request_id)
             item = self._builder.prepare(item)
             if item.before is not None:
-                self._builder.check_before(item.before)
+                check_made(item)
+                self._builder.check_before(ids_of(item.before))
                 if item.before.finish_reason is not None:
                     return self._ended(item)
             request = self._builder.build(item if item.before is None else rest_of(item), self._client.new_handle())

@@ -273,9 +273,9 @@ class RequestBuilder:
             num_output_ids_in_prompt=item.num_output_ids_in_prompt,
         )
 
-    def check_before(self, before: Generation) -> None:
+    def check_before(self, ids: Iterable[int]) -> None:
         """Raise `RequestError` where these are no tokens of this model."""
-        self._check_ids(before.token_ids, "before")
+        self._check_ids(ids, "before")
 
     def refused(self, item: GenerateItem, handle: int) -> Request:
         """What stands for `item`, which has a refusal, in the front: nothing of it is checked again or sent."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +18,7 @@ from headrace.engine.continuing import FIELD, checked, joined
 from headrace.engine.stream import StreamGroup
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.errors import body_of, respond
+from headrace.text import run_sized
 from headrace.types.carried import (
     CARRIED_HEADER,
     CARRY_HEADER,
@@ -26,8 +27,9 @@ from headrace.types.carried import (
     WHOLE,
     CarriedBefore,
     CarriedPart,
+    Piece,
 )
-from headrace.types.errors import HeadraceError, PauseTimeoutError, RequestError
+from headrace.types.errors import HeadraceError, PauseTimeoutError, RequestError, UnavailableError
 from headrace.types.generation import Generation
 from headrace.types.http import framed
 
@@ -37,6 +39,7 @@ _NO_LENGTH = (b"content-length",)
 
 _pack = msgspec.msgpack.Encoder().encode
 _decode_before = msgspec.msgpack.Decoder(CarriedBefore).decode
+_decode_piece = msgspec.msgpack.Decoder(Piece).decode
 
 
 class Pieces(Protocol):
@@ -90,14 +93,14 @@ def carriage_of(scope: Scope) -> Carriage:
 class CarriedCall(Carriage):
     """One answer on its way to a router."""
 
-    def __init__(self, send: Send, *, carries_all: bool, before: CarriedBefore | None) -> None:
+    def __init__(self, send: Send, *, carries_all: bool, before: _Before | None) -> None:
         self._send = send
         self._carries_all = carries_all
         self._begun_at = time.time() if before is None else before.begun_at
         self._name = "" if before is None else before.name
         self._num_to_skip = 0 if before is None else before.num_told
         self.num_moves = 0 if before is None else before.num_moves
-        self._before = _by_number(before)
+        self._samples = {} if before is None else before.samples
         self._kind = b""
         self._has_begun = False
         self._is_repeating = False
@@ -120,7 +123,7 @@ class CarriedCall(Carriage):
     def item(self, number: int, item: GenerateItem) -> GenerateItem:
         """See `Carriage`."""
         self._kind = self._kind or (STREAM if item.stream else WHOLE if self._carries_all else b"")
-        before = self._before.get(number)
+        before = self._samples.get(number)
         if before is not None:
             return msgspec.structs.replace(item, request_id=before.request_id, before=before, stream=True)
         return msgspec.structs.replace(item, stream=True) if self._kind else item
@@ -144,7 +147,8 @@ class CarriedCall(Carriage):
 
     def note_failure(self, error: HeadraceError) -> None:
         """See `Carriage`."""
-        self._is_lost = self._is_lost or (error.retryable and not isinstance(error, PauseTimeoutError))
+        is_of_engine = isinstance(error, UnavailableError) and not isinstance(error, PauseTimeoutError)
+        self._is_lost = self._is_lost or (is_of_engine and error.retryable)
 
     def note(self, pieces: list[Generation], *, are_before: bool) -> None:
         """The face gets these."""
@@ -242,7 +246,7 @@ class Carrier:
         before = None
         try:
             if CONTINUES_HEADER in asked:
-                before, receive = await _split(receive, asked[CONTINUES_HEADER])
+                before, receive = await _split(scope, receive, asked[CONTINUES_HEADER])
             call = CarriedCall(send, carries_all=asked[CARRY_HEADER] == _CARRIES_ALL, before=before)
         except HeadraceError as error:
             await respond(body_of(error))(scope, receive, send)
@@ -250,8 +254,19 @@ class Carrier:
         await self._app({**scope, _SCOPE_KEY: call}, receive, call.send)
 
 
-async def _split(receive: Receive, size: bytes) -> tuple[CarriedBefore, Receive]:
-    """What a body begins with, and the body behind it. Raises `RequestError`."""
+class _Before(NamedTuple):
+    """As in `CarriedBefore`, with what there is of each sample, by its number."""
+
+    begun_at: float
+    name: str
+    num_moves: int
+    num_told: int
+    samples: dict[int, Generation]
+
+
+async def _split(scope: Scope, receive: Receive, size: bytes) -> tuple[_Before, Receive]:
+    """What a body begins with, and the body behind it. Raises `RequestError`. Read as `read_body` reads huge ones: all
+    other streams go on."""
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -260,10 +275,8 @@ async def _split(receive: Receive, size: bytes) -> tuple[CarriedBefore, Receive]
         body += message.get("body", b"")
         more = message.get("more_body", False)
     num_bytes = int(size) if size.isdigit() and len(size) < 12 else len(body) + 1
-    try:
-        before = _decode_before(memoryview(body)[:num_bytes])
-    except DECODE_ERRORS as error:
-        raise RequestError(f"{FIELD}: the call cannot go on from this: {error}", field=FIELD) from None
+    async with scope["app"].state.server.huge_bodies:
+        before = await run_sized(len(body), lambda: _read(memoryview(body)[:num_bytes]))
     rest = [{"type": "http.request", "body": bytes(body[num_bytes:]), "more_body": False}]
 
     async def receive_rest() -> Message:
@@ -272,9 +285,14 @@ async def _split(receive: Receive, size: bytes) -> tuple[CarriedBefore, Receive]
     return before, receive_rest
 
 
-def _by_number(before: CarriedBefore | None) -> dict[int, Generation]:
-    """What there is of each sample."""
-    found: dict[int, list[Generation]] = {}
-    for number, piece in before.pieces if before is not None else ():
-        found.setdefault(number, []).append(checked(piece))
-    return {number: Generation(**msgspec.structs.asdict(joined(pieces))) for number, pieces in found.items()}
+def _read(raw: memoryview) -> _Before:
+    try:
+        before = _decode_before(raw)
+        found: dict[int, list[Generation]] = {}
+        for each in before.pieces:  # one by one: a call of the decoder keeps the interpreter
+            number, piece = _decode_piece(each)
+            found.setdefault(number, []).append(checked(piece))
+    except DECODE_ERRORS as error:
+        raise RequestError(f"{FIELD}: the call cannot go on from this: {error}", field=FIELD) from None
+    samples = {number: Generation(**msgspec.structs.asdict(joined(pieces))) for number, pieces in found.items()}
+    return _Before(before.begun_at, before.name, before.num_moves, before.num_told, samples)

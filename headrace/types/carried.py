@@ -8,6 +8,8 @@ what the client's dialect makes of them. No I/O.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from headrace.types.generation import Generation
@@ -16,9 +18,15 @@ CARRY_HEADER = b"x-headrace-carry"
 """Of a request: "streams" has those carried, "all" whole answers too."""
 CONTINUES_HEADER = b"x-headrace-continues"
 """Of a request: so many bytes of its body are a `CarriedBefore`; the client's body follows them."""
+MAX_PIECES = 1 << 18
+"""Of one call: each is a token's, and costs whoever reads them a kilobyte meanwhile."""
 CARRIED_HEADER = b"x-headrace-carried"
 """Of an answer that is parts: "stream" or "whole"."""
 STREAM, WHOLE = b"stream", b"whole"
+
+
+_LATEST = 1e11  # seconds since the epoch
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 
 
 class PackedGeneration(Generation, frozen=True, kw_only=True, array_like=True):
@@ -57,14 +65,14 @@ class CarriedPart(msgspec.Struct, frozen=True, array_like=True):
 class CarriedBefore(msgspec.Struct, frozen=True, array_like=True):
     """What the replicas before have made of a call.
 
-    pieces      in the order in which they came
+    pieces      in the order in which they came, each a `Piece`, packed; at most `MAX_PIECES`
     begun_at, name   as in `CarriedPart`, of the first one
     num_moves   how often it has gone on elsewhere, this time included
     num_told    how many parts without pieces were told behind the last piece
     """
 
-    pieces: list[Piece]
-    begun_at: float
+    pieces: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_PIECES)]
+    begun_at: Annotated[float, msgspec.Meta(ge=0.0, le=_LATEST)]
     name: str
-    num_moves: int
-    num_told: int
+    num_moves: _Count
+    num_told: _Count

@@ -147,6 +147,9 @@ def test_an_update_as_slime_makes_it(slime: Slime, replicas: Replicas, folders: 
     joined = slime.init().json()
     assert joined["success"] is True and joined["world_size"] == 2 and joined["message"]
     assert joined["replicas"] == ["replica-0", "replica-1"] and joined["replicas_not_in_group"] == []
+    body = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "world_size": 3}
+    again = slime.post("/init_weights_update_group", **body, group_name=GROUP, backend="gloo").result(60)
+    assert again.status_code == 409 and "joined; destroy it first" in again.text, "and it is as it was"
     half = len(slime.names) // 2
     for version, in_calls in (("7", False), ("8", True)):
         if in_calls:
@@ -184,6 +187,18 @@ def test_what_one_refuses_ends_the_wait_of_all(slime: Slime, replicas: Replicas)
         assert slime.http.post("/destroy_weights_update_group", json={"group_name": GROUP}).status_code == 200
     finally:
         direct.close()
+
+
+def test_one_that_is_being_joined_is_not_harmed_by_another(slime: Slime) -> None:
+    body = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "world_size": 3}
+    body |= {"group_name": GROUP, "backend": "gloo"}
+    first = slime.post("/init_weights_update_group", **body)  # whose trainer is late
+    other = {**body, "world_size": 2}  # which is too small, should it be the first
+    until(lambda: first.done() or "being joined" in slime.post("/init_weights_update_group", **other).result(60).text)
+    assert not first.done()
+    slime.trainer.ask(do="init", port=body["master_port"], name=GROUP, world_size=3)
+    assert first.result(60).json()["success"] is True
+    assert slime.http.post("/destroy_weights_update_group", json={"group_name": GROUP}).status_code == 200
 
 
 def test_a_trainer_of_vllms_dialect(replicas: Replicas, folders: list[Path]) -> None:

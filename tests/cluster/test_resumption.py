@@ -11,11 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from headrace.cluster import resumption
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.resumption import Resumption
 from headrace.cluster.router import ReplicaRouter
 from headrace.server.listening import listen
-from headrace.types.carried import CARRY_HEADER, CarriedBefore, CarriedPart, PackedGeneration
+from headrace.types.carried import CARRY_HEADER, CarriedBefore, CarriedPart, PackedGeneration, Piece
 from headrace.types.http import framed
 from tests.cluster.builders import Routed
 from tests.cluster.replica import FakeReplica, Headers
@@ -157,7 +158,7 @@ def test_off_or_out_of_replicas_it_ends_with_a_retryable_error() -> None:
 def test_a_body_of_any_kind_is_passed_on_as_it_came() -> None:
     """It is the replica that knows what may go on elsewhere."""
     for body in (b"{", b"", b'{"stream": "yes"}'):
-        resumption = Resumption(body, "all")
+        resumption = Resumption(body, "all", 1 << 20)
         assert resumption.request() == ([(CARRY_HEADER, b"all")], body)
         resumption.move()
         assert resumption.request() == ([(CARRY_HEADER, b"all")], body) and not resumption.num_moves
@@ -196,14 +197,22 @@ def part(told: bytes = b"", *tokens: int, **more: Any) -> bytes:
     return framed(msgspec.msgpack.encode(CarriedPart(told, len(tokens), packed, begun_at=9.5, name="call", **more)))
 
 
+def ids_of(packed: msgspec.Raw) -> list[int]:
+    _, piece = msgspec.msgpack.decode(packed, type=Piece)
+    ids: list[int] = piece.token_ids
+    return ids
+
+
 LAST = part(b"data: [DONE]\n\n", is_last=True)
 LOST = part(b"data: sorry\n\n", is_lost=True)
 
 
-async def answered(replicas: list[FakeReplica], max_attempts: int = 3, **asked: Any) -> Any:
-    async with over(
-        [await each.start() for each in replicas], resume="all", wait_timeout=1, max_attempts=max_attempts
-    ) as found:
+async def answered(
+    replicas: list[FakeReplica], max_attempts: int = 3, max_body_bytes: int = 1 << 20, **asked: Any
+) -> Any:
+    started = [await each.start() for each in replicas]
+    settings: dict[str, Any] = {"wait_timeout": 1, "max_attempts": max_attempts, "max_body_bytes": max_body_bytes}
+    async with over(started, resume="all", **settings) as found:
         return await found.generate(**{**ASKED, "stream": True, **asked})
 
 
@@ -221,7 +230,7 @@ def test_what_came_is_sent_to_the_next_one_before_the_clients_own_body() -> None
         for (headers, body), ids, num in zip(asked[1:], ([5, 6, 7], [5, 6, 7, 8]), (1, 2), strict=True):
             size = int(headers["x-headrace-continues"])
             before = msgspec.msgpack.decode(body[:size], type=CarriedBefore)
-            assert body[size:] == own and [piece.token_ids[0] for _, piece in before.pieces] == ids
+            assert body[size:] == own and [ids_of(each)[0] for each in before.pieces] == ids
             assert (before.begun_at, before.name, before.num_moves) == (9.5, "call", num)
             assert before.num_told == (1 if num == 1 else 0)
 
@@ -281,6 +290,25 @@ def test_one_that_does_not_go_on_with_it_tells_the_client_nothing() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("bound", ["pieces", "bytes"])
+def test_of_an_endless_answer_no_more_is_kept_than_a_replica_reads(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client has some of ends with an error then; what it has nothing of begins anew."""
+    options = {"max_body_bytes": 1024} if bound == "bytes" else {}
+    monkeypatch.setattr(resumption, "MAX_PIECES", 20 if bound == "pieces" else 1 << 20)
+
+    async def story() -> None:
+        many = [part(b"data: a\n\n", 5)] * 21
+        reply = await answered([ScriptedReplica(*many, ends=False), ScriptedReplica(LAST)], **options)
+        *_, error, end = reply.text.split("\n\n")[:-1]
+        assert reply.text.startswith("data: a\n\n" * 21) and "too long" in error and end == "data: [DONE]"
+        first = ScriptedReplica(*[part(b"", 5)] * 21, ends=False, carries="whole")
+        second = ScriptedReplica(part(b"{}", 5, status=200, is_last=True), carries="whole")
+        assert (await answered([first, second], stream=False, **options)).text == "{}"
+        assert "x-headrace-continues" not in second.bodies[0][0]
+
+    asyncio.run(story())
+
+
 def test_an_answer_that_is_whole_but_for_its_connections_end_is_whole() -> None:
     async def story() -> None:
         reply = await answered([ScriptedReplica(part(b"a", 5), LAST, ends=False)])
@@ -303,10 +331,10 @@ def test_a_client_cannot_speak_as_a_router() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
 def test_parts_may_be_cut_anywhere(size: int) -> None:
     raw = part(b"a", 5) + part() + part(b"b", 6) + LAST
-    resumption = Resumption(b"own", "streams")
+    resumption = Resumption(b"own", "streams", 1 << 20)
     taken = [resumption.take(raw[at : at + size], is_whole=False) for at in range(0, len(raw), size)]
     assert b"".join(each.told for each in taken) == b"abdata: [DONE]\n\n" and taken[-1].is_last
     assert not any(each.is_last for each in taken[:-1]) and not any(each.problem for each in taken)
     (_, (_, size_of_before)), body = resumption.request()
     before = msgspec.msgpack.decode(body[: int(size_of_before)], type=CarriedBefore)
-    assert [piece.token_ids for _, piece in before.pieces] == [[5], [6]] and body.endswith(b"own")
+    assert [ids_of(each) for each in before.pieces] == [[5], [6]] and body.endswith(b"own")

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.types.carried import CarriedBefore, CarriedPart
+from headrace.types.carried import CarriedBefore, CarriedPart, Piece
 from headrace.types.generation import Generation
 from headrace.types.http import framed
 from headrace.types.weights import SaveReport, UpdateReport
@@ -78,7 +78,8 @@ class WeightedReplica(FakeReplica):
         is_incremental = is_stream and asked.get("incremental_streaming_output")
         made: list[int] = []
         spans: list[list[Any]] = []
-        for _, piece in before.pieces:
+        for packed in before.pieces:
+            _, piece = msgspec.msgpack.decode(packed, type=Piece)
             made, seed = made + piece.token_ids, piece.seed
             for version, count in piece.version_spans:
                 spans = with_span(spans, version, count)

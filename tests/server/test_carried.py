@@ -3,6 +3,7 @@ call which was never cut."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,17 @@ import msgspec
 import pytest
 
 from headrace import Engine
-from headrace.types.carried import CarriedBefore, CarriedPart, PackedGeneration
+from headrace.engine import GenerateItem
+from headrace.server.carrying import CarriedCall
+from headrace.types.carried import MAX_PIECES, CarriedBefore, CarriedPart, PackedGeneration
+from headrace.types.errors import (
+    DeadlineError,
+    EngineDeadError,
+    HeadraceError,
+    PauseTimeoutError,
+    ShutdownError,
+    UpdateConflictError,
+)
 from headrace.types.generation import ChatReply, Generation, RoutedExperts
 from headrace.types.http import StreamPart
 from tests.server.builders import SETTINGS
@@ -323,7 +334,7 @@ def test_a_call_that_is_not_to_be_carried_is_answered_as_ever(exact: Served) -> 
     assert reply.status_code == 400 and "x-headrace-carried" not in reply.headers
 
 
-def before(**changed: Any) -> bytes:
+def before(num: int = 1, call: dict[str, Any] | None = None, **changed: Any) -> bytes:
     made: dict[str, Any] = {
         "request_id": "r",
         "token_ids": [5, 6],
@@ -332,7 +343,10 @@ def before(**changed: Any) -> bytes:
     }
     made |= {"version_epochs": [0], "num_prompt_tokens": 3, "seed": 1}
     piece = PackedGeneration(**{**made, **changed})
-    return msgspec.msgpack.encode(CarriedBefore([(0, piece)], 1.0, "r", 1, 0))
+    raw = msgspec.Raw(msgspec.msgpack.encode((0, piece)))
+    return msgspec.msgpack.encode(
+        CarriedBefore([raw] * num, **{"begun_at": 1.0, "name": "r", "num_moves": 1, "num_told": 0, **(call or {})})
+    )
 
 
 NOT_MADE = {
@@ -347,6 +361,17 @@ NOT_MADE = {
     "prompt": before(num_prompt_tokens=4),
     "too many": before(token_ids=[5] * 9, logprobs=[0.0] * 9, version_spans=[("default", 9)]),
     "seed": before(seed=-1),
+    "tops of no token": before(top_logprobs=[{1 << 40: 0.0}] * 2),
+    "kept ids": before(kept_token_ids=[[1]] * 2),
+    "ids of a prompt": before(prompt_top_logprobs=[None, {1 << 40: 0.0}, None]),
+    "experts": before(finish_reason="length", routed_experts=RoutedExperts(0, 3, 7, b"abc")),
+    "no name": before(request_id=""),
+    "a long name": before(finish_reason="length", request_id="x" * (1 << 20)),
+    "another index": before(index=1),
+    "another prompt": before(finish_reason="length", prompt_index=1),
+    "never begun": before(call={"begun_at": float("nan")}),
+    "told less than nothing": before(call={"num_told": -1}),
+    "endless": before(num=MAX_PIECES + 1, text=""),
     "scores": before(prompt_logprobs=[0.0]),
 }
 
@@ -358,6 +383,35 @@ def test_what_no_engine_has_made_is_refused(exact: Served, name: str) -> None:
     headers = {"x-headrace-carry": "streams", "x-headrace-continues": str(len(raw))}
     reply = exact.http.post("/generate", content=raw + body, headers=headers)
     assert reply.status_code == 400 and reply.json()["param"] == "before", reply.text
+
+
+def test_what_is_asked_for_beside_the_tokens_is_not_left_out(exact: Served) -> None:
+    raw = before()
+    headers = {"x-headrace-carry": "all", "x-headrace-continues": str(len(raw))}
+    for stream in (False, True):
+        body = json.dumps({"prompt": [3, 1, 4], "max_tokens": 8, "logprobs": 1, "stream": stream}).encode()
+        reply = exact.http.post("/v1/completions", content=raw + body, headers=headers)
+        assert reply.status_code == 400 and reply.json()["param"] == "before", reply.text
+
+
+def test_a_deadline_that_passes_is_no_death_of_an_engine() -> None:
+    """Its replica is not to leave the rotation, nor is the call to begin another time elsewhere."""
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def story(error: HeadraceError) -> bool:
+        call = CarriedCall(send, carries_all=False, before=None)
+        call.item(0, GenerateItem(stream=True))
+        await call.send({"type": "http.response.start", "status": 200, "headers": []})
+        call.note_failure(error)
+        await call.send({"type": "http.response.body", "body": b"x", "more_body": True})
+        (frame,) = frames_of(sent[-1]["body"])
+        return msgspec.msgpack.decode(frame, type=CarriedPart).is_lost
+
+    sent: list[Any] = []
+    errors = (EngineDeadError, ShutdownError, DeadlineError, PauseTimeoutError, UpdateConflictError)
+    assert [asyncio.run(story(each("x"))) for each in errors] == [True, True, False, False, False]
 
 
 def test_a_piece_is_packed_whole() -> None:
