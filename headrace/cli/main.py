@@ -112,7 +112,8 @@ class _Parser(argparse.ArgumentParser):
 
     def _meant(self, flag: str) -> str:
         """The flag that was meant by one that is none, or ""."""
-        known = {each.strip("-").replace("-", "_"): each for each in self._option_string_actions}
+        known = {each.dest: each.dest.upper() for each in self._actions if not each.option_strings}
+        known |= {each.strip("-").replace("-", "_"): each for each in self._option_string_actions}
         return known.get(meant_by(flag.strip("-").replace("-", "_"), known), "")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:

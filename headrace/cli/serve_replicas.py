@@ -24,7 +24,7 @@ from headrace.config import EngineConfig
 from headrace.server.options import ServerOptions
 from headrace.types.errors import ConfigError, HeadraceError
 
-_SHARED = ("api_key", "admin_api_key", "allowed_hosts", "insecure")
+_SHARED = ("api_key", "admin_api_key", "allowed_hosts", "insecure", "access_log")
 _OF_FRONT = frozenset((*_SHARED, "api_key_file", "admin_api_key_file"))
 _BOUNDS = ("max_body_bytes", "body_timeout", "write_timeout", "drain_timeout")
 _NOT_FLAGS = frozenset(ServerOptions.__struct_fields__) | frozenset(EngineConfig.__struct_fields__)

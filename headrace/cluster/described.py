@@ -24,6 +24,13 @@ OWN_NOTES: dict[str, RouteNote] = {
         reply="the replica",
         remark="404 for one that is not there.",
     ),
+    **rows(
+        "Watching",
+        f"{WORKERS_PATH}/{{worker_id}}/metrics",
+        "What its `/metrics` says, asked with the router's key.",
+        reply="text for Prometheus",
+        remark="404 for one that is not there, 503 for one that does not answer.",
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -26,6 +27,7 @@ from headrace.cluster.http_parts import (
     status_line,
     write_head,
 )
+from headrace.server.access_log import log_answer
 from headrace.server.errors import RETRY_AFTER_SECONDS, body_of, error_body
 from headrace.server.listening import SPARE_DESCRIPTORS, raise_descriptor_limit
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
@@ -77,12 +79,15 @@ class Exchange:
         self.status = 0
         self.media_type = b""
         """Of an answer whose length is not known."""
+        self._num_bytes, self._refusal = 0, b""
+        self._began = time.perf_counter()
 
     def reply(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer."""
         self.status, self.has_begun, self.is_complete = status, True, True
         headers = [*headers, (b"content-length", b"%d" % len(body)), *self._last_words()]
         body = b"" if self._head.method == "HEAD" else body
+        self._num_bytes, self._refusal = len(body), body if status >= 400 else b""
         self._connection.write(write_head(status_line(status), headers) + body)
 
     def error(self, body: dict[str, Any]) -> None:
@@ -105,6 +110,7 @@ class Exchange:
     async def send(self, data: bytes) -> None:
         """A part of it; waits while the client does not take what it was sent."""
         if data and self._has_body:  # an empty chunk would be the last one
+            self._num_bytes += len(data)
             self._connection.write(in_chunk(data) if self._is_chunked else data)
         await self._connection.drain()
 
@@ -113,6 +119,12 @@ class Exchange:
         self.is_complete = True
         if self._is_chunked:
             self._connection.write(LAST_CHUNK)
+
+    def log(self, client: str, head: Head | None) -> None:
+        """Write its line to the log; `head` is None of what was no request."""
+        method, path = (head.method, head.path) if head is not None else ("-", "-")
+        seconds = time.perf_counter() - self._began
+        log_answer(client, method, path, self.status, self._num_bytes, seconds, self._refusal)
 
     @property
     def keeps_connection(self) -> bool:
@@ -183,6 +195,9 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self.front.logs_answers:
+            peer = transport.get_extra_info("peername")
+            self._client = f"{peer[0]}:{peer[1]}" if peer else "-"
         self.front.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -278,6 +293,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _finish(self, exchange: Exchange) -> None:
         """A request is answered, or not."""
+        if self.front.logs_answers:
+            exchange.log(self._client, self._head)
         self._task = self._head = None
         if self._is_lost:
             return
@@ -304,6 +321,8 @@ class ClientConnection(asyncio.Protocol):
             last = msgspec.structs.replace(last, keeps_alive=False, is_old=False)
         exchange = Exchange(self, last)
         exchange.error(body)
+        if self.front.logs_answers:
+            exchange.log(self._client, head or self._head)
         self._head = None
         if exchange.keeps_connection:
             self._is_due = True
@@ -331,8 +350,9 @@ class ClientConnection(asyncio.Protocol):
 class Front:
     """Listens, and looks after the connections. Lives on one event loop."""
 
-    def __init__(self, handler: Handler, bounds: FrontBounds) -> None:
+    def __init__(self, handler: Handler, bounds: FrontBounds, *, logs_answers: bool = False) -> None:
         self.handler = handler
+        self.logs_answers = logs_answers
         self.bounds = bounds
         self.is_closing = False
         self._connections: set[ClientConnection] = set()

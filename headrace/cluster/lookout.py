@@ -1,4 +1,5 @@
-"""What a router's `/dashboard` shows: all replicas as one, and each by itself. Owns how often they are asked for it.
+"""What a router's `/dashboard` shows: all replicas as one, and each by itself. Owns how often they are asked for it, and
+asks one for its metrics when somebody wants them.
 
 Nobody is asked while nobody looks. Who looks gets what is known; the replicas are asked behind that, each with the
 router's own key, for what is new since they were asked before.
@@ -13,19 +14,21 @@ from typing import Any
 import msgspec
 
 from headrace import __version__
-from headrace.cluster.http_parts import write_head
+from headrace.cluster.http_parts import Head, write_head
 from headrace.cluster.messages import exchange_whole
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas
+from headrace.cluster.upstream import BrokenAnswerError
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.server.dashboard_state import STATE_PATH, DashboardState, ReplicaView
 from headrace.telemetry import POINT_FIELDS, History, HistoryPart, HistoryPoint, sum_of
-from headrace.types.errors import HeadraceError
+from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError
 
 LOOK_SECONDS = 2.0
 LINGER_SECONDS = 10.0
 """The replicas are asked for so long after somebody looked."""
 ANSWER_SECONDS = 0.9
+METRICS_SECONDS = 5.0
 MAX_ANSWER_BYTES = 16 << 20
 MAX_ASKED_PER_SECOND = 100
 _MAX_AT_ONCE = 16
@@ -74,6 +77,19 @@ class Lookout:
             replicas=views,
         )
 
+    async def metrics(self, replica_id: str) -> tuple[Head, bytes]:
+        """What a replica answers to `/metrics`. Raises what `Replicas.find` does, and `HeadraceError` where there is no
+        answer."""
+        replica = self._replicas.find(replica_id)
+        try:
+            async with asyncio.timeout(METRICS_SECONDS):
+                head = self._head(replica, b"/metrics")
+                return await exchange_whole(replica.upstream, head, b"", MAX_ANSWER_BYTES)
+        except TimeoutError:
+            raise DeadlineError(f"{replica_id} did not tell its metrics within {METRICS_SECONDS:g} s") from None
+        except BrokenAnswerError as error:
+            raise UnreachableError(f"{replica_id}: {error.message}") from None
+
     def close(self) -> None:
         """Ask nobody any more."""
         if self._task is not None:
@@ -101,10 +117,7 @@ class Lookout:
     async def _ask(self, replica: RemoteReplica, places: asyncio.Semaphore) -> None:
         """One that does not answer, or is a server of another kind, has said nothing: `health` sees what is wrong."""
         seen = self._seen.setdefault(replica.number, _Seen())
-        headers = [(b"host", replica.host_header)]
-        if self._key is not None:
-            headers.append((b"authorization", b"Bearer " + self._key.encode()))
-        head = write_head(b"GET %b?since=%d HTTP/1.1" % (STATE_PATH.encode(), seen.last), headers)
+        head = self._head(replica, b"%b?since=%d" % (STATE_PATH.encode(), seen.last))
         try:
             async with places, asyncio.timeout(ANSWER_SECONDS):
                 answer, body = await exchange_whole(replica.upstream, head, b"", MAX_ANSWER_BYTES)
@@ -112,6 +125,12 @@ class Lookout:
                 self._take(replica, seen, msgspec.json.decode(body, type=_Told).history)
         except (TimeoutError, HeadraceError, *DECODE_ERRORS):
             return
+
+    def _head(self, replica: RemoteReplica, target: bytes) -> bytes:
+        headers = [(b"host", replica.host_header)]
+        if self._key is not None:
+            headers.append((b"authorization", b"Bearer " + self._key.encode()))
+        return write_head(b"GET %b HTTP/1.1" % target, headers)
 
     def _take(self, replica: RemoteReplica, seen: _Seen, told: HistoryPart) -> None:
         if seen.source not in ("", told.source):  # the server has been started again

@@ -36,6 +36,8 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
     replica_admin_api_key_file  file that holds `replica_admin_api_key`
     allowed_hosts               further names by which clients may call a router without a key; "*": any name
     insecure                    allow a non-loopback address without `api_key`
+    access_log                  log every answer at info: client, method, path, status, bytes and ms, and why it was
+                                refused if it was
     resume                      what a replica that dies had begun goes on elsewhere: "streams", or "all" (whole answers
                                 too, whose tokens the router then gets one by one, which costs it more); "off": a
                                 stream ends with a retryable error, and whole answers are begun anew
@@ -63,6 +65,7 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
     replica_admin_api_key_file: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
+    access_log: bool = False
     resume: ResumeMode = "streams"
     max_attempts: int = 3
     wait_timeout: float = 30.0

@@ -25,7 +25,7 @@ from headrace.cluster.pages import PAGE_PATHS, RouterPages
 from headrace.cluster.policies import make_policy
 from headrace.cluster.proxy import Proxy
 from headrace.cluster.replicas import Replicas
-from headrace.cluster.routes import RouterRoute, route_of
+from headrace.cluster.routes import RouterRoute, route_of, worker_of_metrics
 from headrace.cluster.sessions import SharedSessions
 from headrace.cluster.updates import WeightUpdates
 from headrace.cluster.upstream import Upstream
@@ -69,7 +69,8 @@ class ReplicaRouter:
         self._weights_folder = weights_folder
         self._keys = keys_of(options.api_key, options.admin_api_key)
         self._hosts = Hosts(host, options.allowed_hosts)
-        self._front = Front(self, FrontBounds(options.max_body_bytes, options.body_timeout, options.write_timeout))
+        bounds = FrontBounds(options.max_body_bytes, options.body_timeout, options.write_timeout)
+        self._front = Front(self, bounds, logs_answers=options.access_log)
 
     async def start(self, listener: socket.socket) -> None:
         """Answer on `listener` from now on, and look at the replicas."""
@@ -128,7 +129,7 @@ class ReplicaRouter:
                 await self._groups.command(head, body, exchange)
             elif route.treatment == "session":
                 await self._sessions.command(head, body, exchange)
-            elif path in PAGE_PATHS:
+            elif path in PAGE_PATHS or worker_of_metrics(path):
                 await self._pages.answer(head, exchange)
             else:
                 self._own.answer(head, body, exchange)

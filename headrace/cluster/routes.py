@@ -82,13 +82,21 @@ ROUTES: dict[str, RouterRoute] = {
 
 _MODEL = RouterRoute("route", _GET)
 _WORKER = RouterRoute("own", ("GET", "DELETE"), "admin")
+_WORKER_METRICS = RouterRoute("own", _GET)
 _OTHER_CALL = RouterRoute("refuse", access="admin", advice=_CLIENT)
 VARYING_ROUTES = {
     "/v1/models/{model}": _MODEL,
     f"{WORKERS_PATH}/{{worker_id}}": _WORKER,
+    f"{WORKERS_PATH}/{{worker_id}}/metrics": _WORKER_METRICS,
     f"{PREFIX}/{{method}}": _OTHER_CALL,
 }
 """By their form."""
+
+
+def worker_of_metrics(path: str) -> str:
+    """The replica whose metrics are at a path; "" of any other path."""
+    worker = path.removeprefix(f"{WORKERS_PATH}/").removesuffix("/metrics")
+    return worker if path == f"{WORKERS_PATH}/{worker}/metrics" else ""
 
 
 def route_of(path: str) -> RouterRoute | None:
@@ -99,5 +107,5 @@ def route_of(path: str) -> RouterRoute | None:
     if path.startswith("/v1/models/"):
         return _MODEL
     if path.startswith(f"{WORKERS_PATH}/"):
-        return _WORKER
+        return _WORKER_METRICS if worker_of_metrics(path) else _WORKER
     return _OTHER_CALL if path.startswith(f"{PREFIX}/") else None

@@ -191,7 +191,7 @@ class RequestBuilder:
         options = call.options
         for name in options:
             if name not in GenerateOptions.__annotations__:
-                meant = _MEANT.get(name) or hint(name, GenerateOptions.__annotations__)
+                meant = _MEANT.get(name) or hint(name, (*GenerateOptions.__annotations__, "prompts", "input_ids"))
                 if name in (*SamplingParams.__struct_fields__, "sampling_seed"):
                     meant = "; it belongs in sampling_params"
                 elif not meant and (found := meant_by(name, SamplingParams.__struct_fields__)):

@@ -1,5 +1,5 @@
 """One log line per answer, with the reason of a refusal. Owns its wording. It stands around the whole application, so
-that it sees all that is answered, and only where it was asked for.
+that it sees all that is answered, and only where it was asked for; a router's front writes its lines itself.
 
 Neither the query nor a body is written: they may hold what is nobody's business. A refusal's own words are.
 """
@@ -42,7 +42,16 @@ class AccessLog:
         try:
             await self._app(scope, receive, answer.send)
         finally:
-            _write(scope, answer, time.perf_counter() - since)
+            client = scope.get("client")
+            log_answer(
+                f"{client[0]}:{client[1]}" if client else "-",
+                scope["method"],
+                scope["path"],
+                answer.status,
+                answer.num_bytes,
+                time.perf_counter() - since,
+                answer.refusal,
+            )
 
 
 class _Answer:
@@ -64,34 +73,34 @@ class _Answer:
                 self.refusal = self.refusal or body
         await self._send(message)
 
-    @property
-    def reason(self) -> str:
-        """Why it is a refusal; "" of a page that is not ours to read."""
-        try:
-            message = msgspec.json.decode(self.refusal, type=_Refusal).error.message[:_MAX_REASON]
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return ""
-        return "".join(letter if letter.isprintable() else " " for letter in message)  # of one line, whatever it quotes
 
-
-def _write(scope: Scope, answer: _Answer, seconds: float) -> None:
-    client = scope.get("client")
-    who = f"{client[0]}:{client[1]}" if client else "-"
-    method, path = scope["method"], ascii(scope["path"][:_MAX_PATH])[1:-1]
-    status = str(answer.status) if answer.status else "no answer"
-    reason = answer.reason if answer.status >= 400 else ""
+def log_answer(
+    client: str, method: str, path: str, status: int, num_bytes: int, seconds: float, refusal: bytes = b""
+) -> None:
+    """Write the line of one answer. `status` 0: there was none. `refusal`: the body of one that says why."""
+    path = ascii(path[:_MAX_PATH])[1:-1]
+    reason = _reason(refusal) if status >= 400 else ""
     logger.info(
         "%s %s %s %s, %d bytes in %.1f ms%s",
-        *(who, method, path, status, answer.num_bytes, 1e3 * seconds, f": {reason}" if reason else ""),
+        *(client, method, path, status or "no answer", num_bytes, 1e3 * seconds, f": {reason}" if reason else ""),
         extra={
             "values": {
-                "client": who,
+                "client": client,
                 "method": method,
                 "path": path,
-                "status": answer.status,
-                "num_bytes": answer.num_bytes,
+                "status": status,
+                "num_bytes": num_bytes,
                 "ms": round(1e3 * seconds, 1),
                 "reason": reason,
             }
         },
     )
+
+
+def _reason(refusal: bytes) -> str:
+    """Why it is a refusal; "" of a page that is not ours to read."""
+    try:
+        message = msgspec.json.decode(refusal, type=_Refusal).error.message[:_MAX_REASON]
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return ""
+    return "".join(letter if letter.isprintable() else " " for letter in message)  # of one line, whatever it quotes

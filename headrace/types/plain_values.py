@@ -41,9 +41,13 @@ _NAMES_ELSEWHERE = {
     **{"routed_experts_start_len": "routed_experts_start", "enable_return_routed_experts": "keep_routed_experts"},
     **{"top_logprobs_num": "top_logprobs", "prompt_logprobs": "return_prompt_logprobs"},
     **{"logprob_start_len": "logprob_start", "rid": "request_id", "cache_salt": "extra_key"},
+    **{"dp": "dp_size", "data_parallel_size": "dp_size", "enable_hierarchical_cache": "host_kv_tokens"},
+    **{"disable_radix_cache": "no_prefix_cache", "enforce_eager": "no_cuda_graphs"},
+    **{"enable_weights_cpu_backup": "keep_weights_copy", "enable_sleep_mode": "memory_saver"},
+    **{"enable_deterministic_inference": "numerics", "generation_config": "sampling_defaults"},
     **{"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"},
 }
-"""What SGLang, vLLM and OpenAI call what is called otherwise here, and means the same."""
+"""What SGLang, vLLM and OpenAI call what is called otherwise here, and is for the same. "no_" is that of a flag."""
 
 _ONLY_ELSEWHERE = frozenset(
     (
@@ -195,7 +199,11 @@ def meant_by(name: Any, known: Iterable[str]) -> str:
 
 def hint(name: Any, known: Iterable[str]) -> str:
     """What to add to the refusal of a name that nobody knows: the one that was meant, if there is one."""
-    meant = meant_by(name, known)
+    names = list(known)
+    meant = meant_by(name, names)
+    opposite = _NAMES_ELSEWHERE.get(name, "").removeprefix("no_") if isinstance(name, str) else ""
+    if not meant and opposite in names:
+        return f"; {opposite}=False is"
     return f"; {meant} is" if meant else ""
 
 

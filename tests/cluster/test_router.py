@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -339,3 +340,44 @@ def test_a_large_answer_and_a_large_body_pass() -> None:
         assert len(reply.json()["text"]) == 8 << 20
 
     tell(story)
+
+
+def test_every_answer_is_a_line_of_the_access_log_and_a_refusal_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "headrace")
+
+    async def story(found: Routed) -> None:
+        key = {"authorization": "Bearer front"}
+        assert (await found.http.post("/generate?token=hidden", json={"rid": "a"}, headers=key)).status_code == 200
+        assert (await found.http.post("/generate", json={"do": "refuse"}, headers=key)).status_code == 400
+        assert (await found.http.post("/generate", json={})).status_code == 401
+        assert (await found.http.get("/nowhere%0Aelse", headers=key)).status_code == 404
+        streamed = {"stream": True, "num_events": 2}
+        assert (await found.http.post("/generate", json=streamed, headers=key)).status_code == 200
+        await raw_exchange(found.port, b"\x16\x03\x01\r\n\r\n")
+
+    tell(story, 1, access_log=True, api_key="front")
+    lines = [each.getMessage() for each in caplog.records if each.name == "headrace.server.access_log"]
+    done, refused, stranger, lost, stream, nonsense = lines  # and none of what the router asks its replicas
+    assert " POST /generate 200, " in done and done.startswith("127.0.0.1:") and "hidden" not in done
+    assert " POST /generate 400, " in refused and " POST /generate 401, " in stranger and "key" in stranger
+    assert " GET /nowhere%0Aelse 404, " in lost and " ms: " in lost
+    assert " POST /generate 200, " in stream and " 0 bytes" not in stream
+    assert " - - 400, " in nonsense and "no request line" in nonsense
+
+
+def test_the_metrics_of_a_replica_are_had_from_the_router_with_its_key() -> None:
+    async def story(found: Routed) -> None:
+        found.replicas[1].answers["/metrics"] = 200, {"metrics": 1}
+        key = {"authorization": "Bearer front"}
+        assert (await found.http.get("/workers/replica-1/metrics")).status_code == 401
+        reply = await found.http.get("/workers/replica-1/metrics", headers=key)
+        assert reply.json() == {"metrics": 1} and reply.headers["content-type"].startswith("text/plain")
+        (seen,) = [each for each in found.replicas[1].seen if each[0] == "GET /metrics"]
+        assert seen[1]["authorization"] == "Bearer back"
+        assert (await found.http.get("/workers/replica-7/metrics", headers=key)).status_code == 404
+        assert (await found.http.post("/workers/replica-1/metrics", headers=key)).status_code == 405
+        await found.replicas[1].die()
+        gone = await found.http.get("/workers/replica-1/metrics", headers=key)
+        assert (gone.status_code, gone.json()["err_type"]) == (503, "UnreachableError")
+
+    tell(story, api_key="front", replica_api_key="back")

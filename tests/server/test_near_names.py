@@ -38,6 +38,7 @@ PYTHON: dict[str, tuple[Callable[[Any], Any], str]] = {
         "every sample has the logprobs of its tokens, unasked",
     ),
     "an argument": (lambda door: door.generate(input_ids=IDS, prompt_token_ids=[IDS]), "input_ids is"),
+    "the argument itself": (lambda door: door.generate(input_ids=IDS, promts=["a"]), "prompts is"),
     "stream": (lambda door: list(door.stream(input_ids=IDS, return_error=True)), "return_errors is"),
     "chat": (lambda door: door.chat([{"role": "user", "content": "a"}], {"max_tokens": 2}), "max_new_tokens is"),
 }
@@ -79,6 +80,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "tp_size": lambda: Engine("m", tp=2),
     "context_length": lambda: Engine("m", max_model_len=5),
     "memory_fraction": lambda: Engine("m", gpu_memory_utilization=0.5),
+    "cuda_graphs=False": lambda: Engine("m", enforce_eager=True),
     "max_new_tokens": lambda: SamplingParams(max_tokens=4),  # type: ignore[call-arg]
 }
 
@@ -95,6 +97,9 @@ def test_settings(meant: str) -> None:
         ("serve m --tp 2", "--tp-size"),
         ("serve m --max-model-len 5", "--context-length"),
         ("generate m hi --max-tokens 4", "--max-new-tokens"),
+        ("serve m --dp 2", "--dp-size"),
+        ("serve m --enforce-eager", "--no-cuda-graphs"),
+        ("serve --model-path m", "MODEL"),
         ("check m --mem-fraction-static 0.5", "--memory-fraction"),
         ("router --polcy x", "--policy"),
         ("demo --step 3", "--steps"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.cluster.fleet_options import FleetOptions
 from headrace.config import EngineConfig
 from headrace.engine.requests import GenerateOptions
 from headrace.types import plain_values
@@ -34,7 +35,12 @@ def test_a_name_of_others_counts_only_where_ours_is_known() -> None:
 
 
 def test_what_others_names_mean_is_there() -> None:
-    ours = {*EngineConfig.__struct_fields__, *SamplingParams.__struct_fields__, *GenerateOptions.__annotations__}
+    ours = {
+        *FleetOptions.__struct_fields__,
+        *EngineConfig.__struct_fields__,
+        *SamplingParams.__struct_fields__,
+        *GenerateOptions.__annotations__,
+    }
     elsewhere = plain_values._NAMES_ELSEWHERE
-    assert set(elsewhere.values()) <= ours
+    assert {each.removeprefix("no_") for each in elsewhere.values()} <= ours
     assert not ours & elsewhere.keys()
