@@ -1,5 +1,5 @@
-"""What a router's `/dashboard` shows: all replicas as one, and each by itself. Owns how often they are asked for it, and
-asks one for its metrics when somebody wants them.
+"""What a router's `/dashboard` shows: all replicas as one, and each by itself; also what one says at `/metrics`. Owns
+how often they are asked.
 
 Nobody is asked while nobody looks. Who looks gets what is known; the replicas are asked behind that, each with the
 router's own key, for what is new since they were asked before.

@@ -22,8 +22,8 @@ class RouterOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     policy                      which replica a request goes to: the least expected cost by what each was sent before,
                                 in turn, the fewest requests, or the fewest tokens
-    api_key                     bearer key of every route but health; None: any bearer passes. Prefer the file, or
-                                HEADRACE_API_KEY in the environment of `headrace router`
+    api_key                     bearer key of every route but health and pages without data; None: any bearer passes.
+                                Prefer the file, or HEADRACE_API_KEY in the environment of `headrace router`
     admin_api_key               bearer key of control routes and /workers; None: they take `api_key`. Prefer the file,
                                 or HEADRACE_ADMIN_API_KEY
     api_key_file                file that holds `api_key`

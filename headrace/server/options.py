@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How an engine is offered over HTTP.
 
-    api_key                       bearer key of every route but health; None: any bearer passes. Others on this machine
-                                  can read a command line: prefer `api_key_file`, or HEADRACE_API_KEY in the environment
-                                  of `headrace serve`
+    api_key                       bearer key of every route but health and pages without data; None: any bearer passes.
+                                  Others on this machine can read a command line: prefer `api_key_file`, or
+                                  HEADRACE_API_KEY in the environment of `headrace serve`
     admin_api_key                 bearer key of control routes; None: they take `api_key`. Prefer the file, or
                                   HEADRACE_ADMIN_API_KEY
     api_key_file                  file that holds `api_key`

@@ -9,6 +9,7 @@ from headrace import ConfigError
 from headrace.server import ServerOptions, create_app
 from headrace.server.app import all_endpoints
 from headrace.server.state import ServerState
+from tests.arch.source import ROOT
 from tests.server.conftest import START, Served
 
 OPEN = {"/health", "/liveness", "/health_generate", "/ready", "/dashboard", "/docs"}
@@ -113,6 +114,8 @@ def test_admin_routes_are_those_that_change_things(served: Served) -> None:
     access = {endpoint.path: endpoint.access for endpoint in all_endpoints(state)}
     assert {path for path, kind in access.items() if kind == "admin"} == ADMIN
     assert {path for path, kind in access.items() if kind == "open"} == OPEN
+    (told,) = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if "where `--api-key` is set |" in line]
+    assert {word for word in told.split("`") if word.startswith("/")} == OPEN
 
 
 def test_keys_do_not_leak(start: START) -> None:
