@@ -31,7 +31,7 @@ WORKERS_PATH = "/workers"
 _GET, _BOTH = ("GET",), ("GET", "POST")
 _EACH = "send it to each replica (GET /workers lists them)"
 _DRAFT = "there are no draft models behind it"
-_CLIENT = "open a headrace.Client of each replica (GET /workers lists them)"
+_CLIENT = "open a headrace.Client of each replica (GET /workers lists them; those of dp_size take none)"
 
 
 def _routes(treatment: Treatment, paths: str, **more: object) -> dict[str, RouterRoute]:
