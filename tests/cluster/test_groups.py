@@ -192,9 +192,17 @@ def test_what_one_refuses_ends_the_wait_of_all(slime: Slime, replicas: Replicas)
 def test_one_that_is_being_joined_is_not_harmed_by_another(slime: Slime) -> None:
     body = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "world_size": 3}
     body |= {"group_name": GROUP, "backend": "gloo"}
-    first = slime.post("/init_weights_update_group", **body)  # whose trainer is late
+    joining = [slime.post("/init_weights_update_group", **body)]  # whose trainer is late
     other = {**body, "world_size": 2}  # which is too small, should it be the first
-    until(lambda: first.done() or "being joined" in slime.post("/init_weights_update_group", **other).result(60).text)
+
+    def is_other_refused() -> bool:
+        if joining[-1].done():  # the other one was there before it
+            assert "being joined" in joining[-1].result().text
+            joining.append(slime.post("/init_weights_update_group", **body))
+        return "being joined" in slime.post("/init_weights_update_group", **other).result(60).text
+
+    until(is_other_refused)
+    first = joining[-1]
     assert not first.done()
     slime.trainer.ask(do="init", port=body["master_port"], name=GROUP, world_size=3)
     assert first.result(60).json()["success"] is True
