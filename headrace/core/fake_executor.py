@@ -162,6 +162,9 @@ class FreeWeights:
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
+    def stage_arrived(self, tensors: Sequence[StagePiece]) -> Copies:
+        return one_by_one(self.stage, iter(tensors))
+
     def moves(self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool) -> None:
         return None
 

@@ -26,8 +26,8 @@ STAGE_BUDGET_IDLE_S = 0.02
 
 _LONGEST_WAIT_S = 3600.0
 _EXPIRY_CHECK_S = 0.25
-_ARRIVAL_LOOK_S = 0.001
-"""Between two looks, where nothing else is done, at what comes over a group: its thread does not wake the loop."""
+_JOINING_LOOK_S = 0.001
+"""Between two looks, where nothing else is done, at a group that is being joined: its thread does not wake the loop."""
 
 
 class CoreLoop:
@@ -138,8 +138,10 @@ class CoreLoop:
         longest = min(replica.executor.attend(), _LONGEST_WAIT_S)
         if self._is_quiet:
             return longest
-        if replica.update.waits_for_arrivals or replica.groups.joining:
-            return _ARRIVAL_LOOK_S
+        if (look_s := replica.update.arrival_look_s) is not None:
+            return look_s
+        if replica.groups.joining:
+            return _JOINING_LOOK_S
         owners = (replica.pause, replica.update, replica.reading, replica.memory)
         deadlines = [owner.deadline for owner in owners]
         if self._held_since is not None and replica.scheduler.num_waiting:

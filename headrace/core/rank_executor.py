@@ -34,7 +34,6 @@ from headrace.core.rank_messages import (
     ReleaseOn,
     ResumeOn,
     SampleStep,
-    SkipArrivalOn,
     VoidStep,
 )
 from headrace.core.rank_results import digest_of
@@ -304,11 +303,13 @@ class RankGroup:
         message = f"{self._problem.message}; the group cannot be used any more: destroy it and init it again"
         return UpdateConflictError(message, field="group_name")
 
-    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> ArrivingTensors:
+    def receive(
+        self, tensors: Sequence[TensorInfo], packing: int, seconds: float, skipped: Collection[int] = ()
+    ) -> ArrivingTensors:
         self._num_calls += 1
         call = self._key << 32 | self._num_calls
-        self._others.tell(ReceiveOn(self._key, call, tuple(tensors), packing, seconds))
-        return RankArrivals(call, self._own.receive(tensors, packing, seconds), self._others)
+        self._others.tell(ReceiveOn(self._key, call, tuple(tensors), packing, seconds, tuple(skipped)))
+        return RankArrivals(call, self._own.receive(tensors, packing, seconds, skipped), self._others)
 
     def fail(self, reason: str) -> None:
         self._own.fail(reason)
@@ -324,30 +325,26 @@ class RankArrivals:
         self._call = call
         self._own = own
         self._others = others
-        self._taken: Arrived | None = None
+        self._taken: list[Arrived] = []
         self._is_dropped = False
 
     @property
     def is_complete(self) -> bool:
         return self._own.is_complete
 
-    def take(self) -> tuple[int, Any] | None:
-        found = self._own.take()
-        if found is None:
-            return None
-        self._taken = Arrived(self._call, found[0], found[1])
-        return found[0], self._taken
+    def take(self, most: int) -> list[tuple[int, Any]]:
+        found = [(place, Arrived(self._call, data)) for place, data in self._own.take(most)]
+        self._taken += [each for _, each in found]
+        return found
 
     def free(self) -> None:
-        taken, self._taken = self._taken, None
-        if taken is not None and taken.asked is None:
-            self._others.tell(SkipArrivalOn(self._call, taken.place))
+        self._taken.clear()
         self._own.free()
 
     def drop(self) -> None:
         if not self._is_dropped and not self._others.is_closed:
-            if self._taken is not None:
-                give_up(self._others, self._taken.asked)
+            for asked in {each.asked for each in self._taken}:
+                give_up(self._others, asked)
             self._others.tell(DropArrivalsOn(self._call))
         self._is_dropped = True
         self._own.drop()

@@ -141,12 +141,11 @@ class StageFileOn(_Asked, frozen=True, tag="stage_file"):
     name: str
 
 
-class StageArrivalOn(_Asked, frozen=True, tag="stage_arrival"):
-    """Stage what a group has brought at `place` of a call. Value: a sum, or ""."""
+class StageArrivalsOn(_Asked, frozen=True, tag="stage_arrivals"):
+    """Stage the next tensors that a group brings to a call, in this order. Values: a sum, or "", of each."""
 
-    index: int
     call: int
-    place: int
+    indices: tuple[int, ...]
 
 
 class StageForeignOn(_Asked, frozen=True, tag="stage_foreign"):
@@ -255,20 +254,14 @@ class JoinOn(_Asked, frozen=True, tag="join"):
 
 
 class ReceiveOn(_Told, frozen=True, tag="receive"):
-    """A call of a group: what it brings."""
+    """A call of a group: what it brings, of which what comes at places `skipped` is not staged."""
 
     key: int
     call: int
     tensors: tuple[TensorInfo, ...]
     packing: int
     seconds: float
-
-
-class SkipArrivalOn(_Told, frozen=True, tag="skip_arrival"):
-    """What comes at `place` of a call is not staged."""
-
-    call: int
-    place: int
+    skipped: tuple[int, ...]
 
 
 class DropArrivalsOn(_Told, frozen=True, tag="drop_arrivals"):
@@ -295,7 +288,7 @@ RankCommand = (
     | StageBufferOn
     | FillOn
     | StageFileOn
-    | StageArrivalOn
+    | StageArrivalsOn
     | StageForeignOn
     | ForgetOn
     | GiveUpOn
@@ -314,7 +307,6 @@ RankCommand = (
     | ResumeOn
     | JoinOn
     | ReceiveOn
-    | SkipArrivalOn
     | DropArrivalsOn
     | LeaveOn
 )

@@ -17,10 +17,9 @@ from headrace.weights.memory import SharedTensors, StageBuffer
 
 @dataclass(eq=False, slots=True)
 class Arrived:
-    """What a group brought at `place` of a call, on every rank; `data` is what came here."""
+    """A tensor that a group brought to a call, on every rank; `data` is what came here."""
 
     call: int
-    place: int
     data: Any
     asked: Asked | None = None
 

@@ -37,7 +37,7 @@ from headrace.core.rank_messages import (
     Place,
     ReadOn,
     ScrambleOn,
-    StageArrivalOn,
+    StageArrivalsOn,
     StageBufferOn,
     StageFileOn,
     StageForeignOn,
@@ -209,8 +209,6 @@ class RankWeights:
         self._check_open()
         parts = self._parts_to_send(index, data)
         match data:
-            case Arrived():
-                asked = data.asked = self._others.ask(StageArrivalOn, index, data.call, data.place)
             case FileTensorOn():
                 asked = self._sent = self._others.ask(StageFileOn, index, data.name, far=self._far(index))
             case ForeignTensorOn():
@@ -245,6 +243,19 @@ class RankWeights:
             whole = [piece.index for piece in batch if piece.is_last]
             feed = Feed(self._others, asked, buffer.parts_to_send(places)) if self._others.has_far else None
             yield whole, RankCopy(self, None, asked, whole, feed)
+
+    def stage_arrived(self, tensors: Sequence[StagePiece]) -> Copies:
+        """As `WeightStore.stage_arrived`: the others take as many of theirs, in the same order."""
+        self._check_open()
+        arrived: list[Arrived] = [each.data for each in tensors]
+        indices = tuple(each.index for each in tensors)
+        asked = self._others.ask(StageArrivalsOn, arrived[0].call, indices)
+        for each in arrived:
+            each.asked = asked
+        own = [msgspec.structs.replace(each, data=each.data.data) for each in tensors]
+        for copies in self._store.stage_arrived(own):
+            yield None if copies is None else ((), OwnCopy(copies[1]))
+        yield indices, RankCopy(self, None, asked, indices, None)
 
     def moves(self, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool) -> None:
         """Each rank looks at each piece: of most it holds a part."""

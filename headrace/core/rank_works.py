@@ -41,14 +41,13 @@ from headrace.core.rank_messages import (
     ReleaseOn,
     ResumeOn,
     ScrambleOn,
-    SkipArrivalOn,
-    StageArrivalOn,
+    StageArrivalsOn,
     StageBufferOn,
     StageFileOn,
     StageForeignOn,
 )
 from headrace.ipc import SharedBuffer
-from headrace.types.errors import CheckpointError, UpdateConflictError, WeightUpdateError
+from headrace.types.errors import CheckpointError, UpdateConflictError
 from headrace.types.memory import MemoryTag
 from headrace.types.weights import BufferRef, DeviceRef
 from headrace.weights.checkpoint import Checkpoint
@@ -73,7 +72,7 @@ class RankWorks:
         self._tensors: Iterator[tuple[str, Any]] = iter(())  # of the open folder
         self._payloads: dict[int, ForeignMemory] = {}
         self._groups: dict[int, WeightGroup] = {}
-        self._calls: dict[int, tuple[ArrivingTensors, set[int]]] = {}  # and the places that are skipped
+        self._calls: dict[int, ArrivingTensors] = {}
         self._sent: dict[int, SentBytes] = {}  # by ticket
 
     def work_of(self, message: Any) -> Work | None:
@@ -83,8 +82,8 @@ class RankWorks:
                 return self._stage_buffer(message)
             case StageFileOn():
                 return self._stage_file(message)
-            case StageArrivalOn():
-                return self._stage_arrival(message)
+            case StageArrivalsOn():
+                return self._stage_arrivals(message)
             case StageForeignOn():
                 return self._stage_foreign(message)
             case DigestOn():
@@ -125,13 +124,10 @@ class RankWorks:
             case OpenFolderOn():
                 self._tensors = _tensors_of(Path(message.folder), Path(message.root) if message.root else None)
             case ReceiveOn():
-                arrivals = self._group(message.key).receive(message.tensors, message.packing, message.seconds)
-                self._calls[message.call] = arrivals, set()
-            case SkipArrivalOn():
-                self._calls[message.call][1].add(message.place)
+                expected = message.tensors, message.packing, message.seconds, message.skipped
+                self._calls[message.call] = self._group(message.key).receive(*expected)
             case DropArrivalsOn():
-                arrivals, _ = self._calls.pop(message.call)
-                arrivals.drop()
+                self._calls.pop(message.call).drop()
             case DropCopyOn():
                 self._executor.drop_copy()
             case LeaveOn():
@@ -204,21 +200,21 @@ class RankWorks:
         yield from _done(self._store.stage(message.index, found))
         return (self._store.take_sum(message.index),)
 
-    def _stage_arrival(self, message: StageArrivalOn) -> Work:
-        arrivals, skipped = self._calls[message.call]
-        while True:
-            found = arrivals.take()
-            if found is None:
+    def _stage_arrivals(self, message: StageArrivalsOn) -> Work:
+        """Those that are there at a time: this rank may have less memory for them than rank 0."""
+        arrivals, left = self._calls[message.call], message.indices
+        while left:
+            found = arrivals.take(len(left))
+            if not found:
                 yield True
-            elif found[0] == message.place:
-                break
-            elif found[0] in skipped:
-                arrivals.free()
-            else:
-                raise WeightUpdateError(f"tensor {found[0]} of a call came where {message.place} was to come")
-        yield from _done(self._store.stage(message.index, found[1]))
-        arrivals.free()
-        return (self._store.take_sum(message.index),)
+                continue
+            pieces = [StagePiece(index, data, None, True, False) for index, (_, data) in zip(left, found, strict=False)]
+            for copies in self._store.stage_arrived(pieces):
+                while copies is not None and not copies[1].advance(SLICE_SECONDS):
+                    yield True  # the group's thread has the interpreter meanwhile
+            arrivals.free()
+            left = left[len(found) :]
+        return tuple(self._store.take_sum(index) for index in message.indices)
 
     def _digest(self, owner: int | None) -> Work:
         found: list[str] = []

@@ -14,6 +14,9 @@ from headrace.types.messages import NO_DEADLINE, Receive, Stage, StagePayload
 from headrace.weights.memory import Copies, SharedTensors, StageCopy, StagePiece
 from headrace.weights.session import OpenUpdate, WeightMachine
 
+MOST_ARRIVALS = 256
+"""Tensors of a group that are staged at once: of ranks each is a few bytes of a message."""
+
 
 class StageJob:
     """Tensors on their way into a session. `call_id` is the call to answer then; None: the core reads a folder.
@@ -21,6 +24,9 @@ class StageJob:
     `copies` are the indices of the tensors that a copy completes, none for a piece before its last one, and the copy;
     `what` they are, for messages; `close` lets go of what they are taken from. `is_waiting`: the last `advance` found
     that the next tensor has not come.
+
+    `is_fed`: a thread of this process brings them, which needs the interpreter meanwhile. `idle_since` (of
+    `time.perf_counter`) is then when it was found that nothing can be done but to wait; 0: something can.
     """
 
     def __init__(
@@ -32,11 +38,15 @@ class StageJob:
         deadline: float = NO_DEADLINE,
         close: Callable[[], None] | None = None,
         what: str = "the upload",
+        *,
+        is_fed: bool = False,
     ) -> None:
         self.call_id = call_id
         self.deadline = deadline
         self.what = what
         self.is_waiting = False
+        self.idle_since = 0.0
+        self._is_fed = is_fed
         self._machine = machine
         self._session_id = session_id
         self._copies = copies
@@ -48,7 +58,13 @@ class StageJob:
 
         Raises a `HeadraceError` when a tensor is not what the manifest says; the job is over then.
         """
-        stop_at = time.perf_counter() + budget_s
+        started = time.perf_counter()
+        is_done = self._copy_until(started + budget_s, now)
+        is_idle = self._is_fed and not is_done and time.perf_counter() < started + budget_s
+        self.idle_since = (self.idle_since or started) if is_idle else 0.0
+        return is_done
+
+    def _copy_until(self, stop_at: float, now: float) -> bool:
         self.is_waiting = False
         while True:
             if self._current is None:
@@ -162,23 +178,23 @@ def job_from_group(machine: WeightMachine, command: Receive, group: WeightGroup,
         raise WeightUpdateError("a tensor is named twice in one call", field="names")
     session.touch(now)
     infos = [each.info for each in command.tensors]
-    arrivals = group.receive(infos, command.packing, command.deadline - now)
+    skipped = {place for place, each in enumerate(command.tensors) if each.index < 0}
+    arrivals = group.receive(infos, command.packing, command.deadline - now, skipped)
 
     def copies() -> Copies:
         while not arrivals.is_complete:
-            found = arrivals.take()
-            if found is None:
+            found = [(command.tensors[place], data) for place, data in arrivals.take(MOST_ARRIVALS)]
+            if not found:
                 yield None
                 continue
-            place, data = found
-            each = command.tensors[place]
-            if each.index >= 0:
-                copy = machine.stage(command.session_id, each.index, data, replaces=each.replaces)
-                yield (each.index,), copy
+            pieces = [StagePiece(each.index, data, None, True, each.replaces) for each, data in found]
+            yield from machine.stage_arrived(command.session_id, pieces)
             arrivals.free()
 
     what = f"what {group.counted} brings"
-    return StageJob(machine, command.session_id, copies(), command.call_id, command.deadline, arrivals.drop, what)
+    return StageJob(
+        machine, command.session_id, copies(), command.call_id, command.deadline, arrivals.drop, what, is_fed=True
+    )
 
 
 def job_from_tensors(

@@ -42,6 +42,7 @@ STALL_TIMEOUT = 60.0
 CLOSE_TIMEOUT = 2.0
 DELIVER_SECONDS = 0.01
 SLICE_DELTAS = 64
+_POLL_STEP_S = 0.001  # `poll` counts in these, and rounds up
 
 
 class SocketCoreLink:
@@ -160,6 +161,9 @@ class SocketCoreLink:
 
     def _wait(self, timeout: float) -> bool:
         """Wait until there is something to read, sending backlog meanwhile. Returns whether the backlog moved."""
+        if timeout < _POLL_STEP_S:
+            time.sleep(timeout)
+            return False
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._backlog else 0))
         events = poller.poll(timeout * 1000.0)

@@ -19,7 +19,7 @@ import torch
 from headrace.types.weights import TensorInfo
 
 MAX_AHEAD_BYTES = 128 << 20
-MAX_DEVICE_BYTES = 512 << 20
+MAX_DEVICE_BYTES = 1 << 30
 GUARD_BYTES = 16 << 30
 """Addresses behind a buffer. Nothing is had for them before something is written there."""
 
@@ -71,8 +71,8 @@ class ArrivalBuffer:
 
 
 class ArrivalMemory:
-    """Buffers of sizes that are powers of two, used again and again. `put` is for any thread. `make` makes one of a
-    device's, of a capacity; None: they are of the host's memory, and guarded while `is_guarded`."""
+    """Buffers that are used again and again. `put` is for any thread. `make` makes one of a device's, of a capacity;
+    None: they are of the host's memory, in powers of two, and guarded while `is_guarded`."""
 
     def __init__(self, make: Callable[[int], Buffer] | None = None) -> None:
         self.is_guarded = True
@@ -99,11 +99,15 @@ class ArrivalMemory:
             return self._found(size)
 
     def _found(self, size: int) -> Buffer | None:
-        capacity = max(_SMALLEST, 1 << max(0, size - 1).bit_length())
-        found = next((buffer for buffer in self._free if buffer.capacity == capacity), None)
-        if found is not None:
-            self._free.remove(found)
-            return found
+        if self._make is None:
+            capacity = max(_SMALLEST, 1 << max(0, size - 1).bit_length())
+        else:  # tensors of a model have few sizes, which are no powers of two
+            capacity = max(1, -(-size // _SMALLEST)) * _SMALLEST
+        fitting = [buffer for buffer in self._free if capacity <= buffer.capacity <= 2 * capacity]
+        if fitting:
+            smallest = min(fitting, key=lambda buffer: buffer.capacity)
+            self._free.remove(smallest)
+            return smallest
         while self._free and self._num_bytes + capacity > self._most:
             self._num_bytes -= self._free.pop(0).capacity
         if self._num_bytes and self._num_bytes + capacity > self._most:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, TypeGuard
 
+import msgspec
 import torch
 
 from headrace.types.errors import WeightUpdateError
 from headrace.types.weights import BufferEntry, DeviceRef, TensorInfo
 from headrace.weights.device_staging import DeviceCopies, Slices
-from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece
+from headrace.weights.memory import Copies, StageBuffer, StageCopy, StagePiece, one_by_one
 from headrace.weights.move_plan import MovedSlices, MovePlan
 from headrace.weights.piece_slices import ArrivingPiece, PieceSlices, WholeTarget
 from headrace.weights.position_sum import DIGEST_LENGTH, PositionKeys, PositionSum
@@ -62,7 +64,7 @@ class Arriving:
         """
         info = self._transaction.manifest[index]
         source = source_of(info, data, start)
-        if self._on_device and isinstance(data, torch.Tensor) and self._lies_here(data):
+        if self._lies_here(data):
             return self.all(iter([StagePiece(index, as_bytes(data.detach()), None, True, False)]))
         arrival = self._arriving(index, start)
         return StageWork(
@@ -74,8 +76,11 @@ class Arriving:
             check=(lambda written: self._require_finite(info.name, written)) if self._check_finite else None,
         )
 
-    def _lies_here(self, data: torch.Tensor) -> bool:
-        return data.device == self._side.device and data.is_contiguous() and data.numel() > 0
+    def _lies_here(self, data: Any) -> TypeGuard[torch.Tensor]:
+        """Launches can move it: they read memory as it lies."""
+        if not (self._on_device and isinstance(data, torch.Tensor) and data.device == self._side.device):
+            return False
+        return data.is_contiguous() and data.numel() > 0
 
     def all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
         """The work of moving pieces into place on a device."""
@@ -85,6 +90,19 @@ class Arriving:
             return self._target(piece.index) if is_here else None
 
         return self._copies(PieceSlices(pieces, target, self._arriving_piece))
+
+    def arrived(self, tensors: Sequence[StagePiece]) -> Copies:
+        """The work of moving whole tensors into place, of which each is as `one` takes it: those that lie on the device
+        together."""
+        here, others = list[StagePiece](), list[StagePiece]()
+        for piece in tensors:
+            if self._lies_here(piece.data):
+                here.append(msgspec.structs.replace(piece, data=as_bytes(piece.data.detach())))
+            else:
+                others.append(piece)
+        if here:
+            yield from together(lambda: self.all(iter(here)))
+        yield from one_by_one(self.one, iter(others))
 
     def moved(self, plan: MovePlan, buffer: StageBuffer) -> Copies:
         """The work of a command of which a plan knows everything."""

@@ -15,6 +15,8 @@ from headrace.weights.nccl import NcclRank
 from headrace.weights.staging import TORCH_DTYPES
 
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.0001, 0.01
+_EAGER_S = 0.0002
+"""Seconds for which there is no pause between two looks: as a rule a broadcast is enqueued by then."""
 Found = TypeVar("Found")
 
 
@@ -113,5 +115,6 @@ class NcclBroadcast:
                 raise TimeoutError("not all ranks have come to it by then")
             if self._is_over() and not look():
                 raise ConnectionError("rank 0 has ended")
-            time.sleep(max(0.0, min(_LONGEST_LOOK_S, _SHORTEST_LOOK_S + (now - began) / 16, until - now)))
+            pause = 0.0 if now - began < _EAGER_S else _SHORTEST_LOOK_S + (now - began) / 16
+            time.sleep(max(0.0, min(_LONGEST_LOOK_S, pause, until - now)))
         return found

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -88,9 +88,13 @@ class TorchGroup:
             self._end(self._failure(self._doing, TimeoutError("the trainer does not answer")))
         return self._problem
 
-    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> GroupArrivals:
-        """What rank 0 broadcasts next, as it comes; the call has so many seconds for it."""
-        arrivals = GroupArrivals(self, self._memory, tensors, packing, time.monotonic() + min(seconds, LONGEST_S))
+    def receive(
+        self, tensors: Sequence[TensorInfo], packing: int, seconds: float, skipped: Collection[int] = ()
+    ) -> GroupArrivals:
+        """What rank 0 broadcasts next, as it comes, without those at the places `skipped`; the call has so many seconds
+        for it."""
+        until = time.monotonic() + min(seconds, LONGEST_S)
+        arrivals = GroupArrivals(self, self._memory, tensors, packing, until, skipped)
         self._queue.put(arrivals)
         return arrivals
 
@@ -247,7 +251,7 @@ class _UnderWay:
 
 class GroupArrivals:
     """The tensors of one call as they come, each with its place in the list. Filled by the group's thread, emptied by
-    the core's: `take` one, read it, `free` it."""
+    the core's: `take` some, read them, `free` them."""
 
     def __init__(
         self,
@@ -256,8 +260,10 @@ class GroupArrivals:
         tensors: Sequence[TensorInfo],
         packing: int,
         until: float,
+        skipped: Collection[int] = (),
     ) -> None:
         self.until = until
+        self._skipped = skipped
         self._group = group
         self._memory = memory
         self._tensors = tensors
@@ -265,38 +271,46 @@ class GroupArrivals:
         self._num_left = len(tensors)
         self._is_dropped = False
         self._ready: deque[tuple[int, Any, Buffer | None]] = deque()
-        self._taken: Buffer | None = None
+        self._taken: list[Buffer | None] = []
 
     @property
     def is_complete(self) -> bool:
         """All of it came, and has been read."""
         return not self._num_left
 
-    def take(self) -> tuple[int, Any] | None:
-        """The next tensor's place in the list, and its bytes or, on a device, the tensor, which stays until `free`.
-        None: it has not come yet; what kept it from coming is raised."""
+    def take(self, most: int) -> list[tuple[int, Any]]:
+        """Those of the next so many tensors that have come: each one's place in the list, and its bytes or, on a
+        device, the tensor, which stays until `free`. None of them: what keeps it from coming, if something does, is
+        raised."""
         is_over = self._group.problem is not None  # looked at first: what had come before it is read
-        if self._ready:
-            place, data, self._taken = self._ready.popleft()
-            return place, data
-        if is_over:
+        found: list[tuple[int, Any]] = []
+        while self._ready and len(found) < most:
+            place, data, buffer = self._ready.popleft()
+            found.append((place, data))
+            self._taken.append(buffer)
+        if is_over and not found:
             self._group.check_open()
-        return None
+        return found
 
     def free(self) -> None:
-        """The tensor taken last is not read any more."""
-        self._num_left -= 1
-        taken, self._taken = self._taken, None
-        if taken is not None:
-            self._memory.put(taken)
+        """What was taken is not read any more."""
+        taken, self._taken = self._taken, []
+        self._have_gone(len(taken))
+        for buffer in taken:
+            if buffer is not None:
+                self._memory.put(buffer)
+
+    def _have_gone(self, count: int) -> None:
+        with self._memory.lock:
+            self._num_left -= count
 
     def drop(self) -> None:
         """Nothing of it is read any more; what is still to come is received and forgotten. Idempotent."""
         with self._memory.lock:
             self._is_dropped = True
-            left = [self._taken, *(buffer for _, _, buffer in self._ready)]
+            left = [*self._taken, *(buffer for _, _, buffer in self._ready)]
             self._ready.clear()
-            self._taken = None
+            self._taken = []
         for buffer in left:
             if buffer is not None:
                 self._memory.put(buffer)
@@ -353,12 +367,15 @@ class GroupArrivals:
     def _hand_on(self, buffer: Buffer, places: range) -> None:
         """The buffer goes with the last of its tensors."""
         start = 0
+        wanted = [place for place in places if place not in self._skipped]
         found: list[tuple[int, Any, Buffer | None]] = []
         for place in places:
-            part = buffer.part(self._tensors[place], start)
-            found.append((place, part, buffer if place == places[-1] else None))
+            if place not in self._skipped:
+                part = buffer.part(self._tensors[place], start)
+                found.append((place, part, buffer if place == wanted[-1] else None))
             start += self._tensors[place].num_bytes
         with self._memory.lock:
+            self._num_left -= len(places) - len(found)
             if not self._is_dropped and found:
                 self._ready.extend(found)
                 return

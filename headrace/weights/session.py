@@ -330,6 +330,12 @@ class WeightMachine:
 
         return self._memory.stage_pieces(make_way())
 
+    def stage_arrived(self, session_id: int, tensors: Sequence[StagePiece]) -> Copies:
+        """As `stage_pieces`, of whole tensors that a group has brought: each in the host's memory, or a tensor."""
+        for each in tensors:
+            self._make_way(session_id, each.index, each.replaces)
+        return self._memory.stage_arrived(tensors)
+
     def moves(
         self, session_id: int, entries: Sequence[BufferEntry], ref: BufferRef | DeviceRef, *, are_right: bool
     ) -> Callable[[StageBuffer], Copies] | None:

@@ -214,6 +214,10 @@ class WeightStore:
         """The work of moving pieces in a buffer into place: on a device, many of them at once."""
         return one_by_one(self.stage, pieces) if self._buffers is None else together(partial(self.stage_all, pieces))
 
+    def stage_arrived(self, tensors: Sequence[StagePiece]) -> Copies:
+        """As `Arriving.arrived`."""
+        return self._arriving().arrived(tensors)
+
     def stage_all(self, pieces: Iterator[StagePiece]) -> DeviceCopies:
         """As `stage`, of pieces whose `data`, uint8 [size] on the device or pinned, is read until it is done."""
         return self._arriving().all(pieces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -33,34 +33,36 @@ NAMES = list(TENSORS)
 class ScriptArrivals:
     """What a test lets come."""
 
-    def __init__(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> None:
+    def __init__(self, tensors: Sequence[TensorInfo], packing: int, seconds: float, skipped: Collection[int]) -> None:
+        self.skipped = skipped
         self.names = [info.name for info in tensors]
         self.packing = packing
         self.seconds = seconds
         self.is_dropped = False
         self.problem: HeadraceError | None = None
         self.ready: deque[tuple[int, memoryview]] = deque()
-        self.num_taken = self.num_freed = 0
+        self.num_come = self.num_taken = self.num_freed = 0
 
     def come(self, *values: torch.Tensor) -> None:
-        first = self.num_taken + len(self.ready)
-        self.ready.extend((first + at, memoryview(value.numpy().tobytes())) for at, value in enumerate(values))
+        for value in values:
+            if self.num_come not in self.skipped:
+                self.ready.append((self.num_come, memoryview(value.numpy().tobytes())))
+            self.num_come += 1
 
     @property
     def is_complete(self) -> bool:
-        return self.num_freed == len(self.names)
+        return self.num_freed + len(self.skipped) == len(self.names)
 
-    def take(self) -> tuple[int, memoryview] | None:
-        assert self.num_taken == self.num_freed, "one at a time"
-        if not self.ready:
-            if self.problem is not None:
-                raise self.problem
-            return None
-        self.num_taken += 1
-        return self.ready.popleft()
+    def take(self, most: int) -> list[tuple[int, memoryview]]:
+        assert self.num_taken == self.num_freed, "what was taken comes first"
+        if not self.ready and self.problem is not None:
+            raise self.problem
+        found = [self.ready.popleft() for _ in range(min(most, len(self.ready)))]
+        self.num_taken += len(found)
+        return found
 
     def free(self) -> None:
-        self.num_freed += 1
+        self.num_freed = self.num_taken
 
     def drop(self) -> None:
         self.is_dropped = True
@@ -79,8 +81,10 @@ class ScriptGroup:
     def refusal(self) -> HeadraceError | None:
         return None if self.problem is None else UpdateConflictError(self.problem.message)
 
-    def receive(self, tensors: Sequence[TensorInfo], packing: int, seconds: float) -> ScriptArrivals:
-        self.calls.append(ScriptArrivals(tensors, packing, seconds))
+    def receive(
+        self, tensors: Sequence[TensorInfo], packing: int, seconds: float, skipped: Collection[int] = ()
+    ) -> ScriptArrivals:
+        self.calls.append(ScriptArrivals(tensors, packing, seconds, skipped))
         return self.calls[-1]
 
     def fail(self, reason: str) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights import Shard, piece_slices
 from headrace.weights.memory import StagePiece
 from headrace.weights.position_sum import PositionKeys, PositionSum
+from headrace.weights.stage_buffers import DeviceBuffers
 from headrace.weights.staging import Enqueued
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import WeightMap
@@ -269,3 +271,31 @@ def test_of_a_whole_tensor_on_the_device_a_rank_reads_what_it_holds(
             store.stage_all(iter(whole_pieces(bad))).advance(60.0)
         assert caught.value.field == name
         store.abort()
+
+
+def test_tensors_that_lie_on_the_device_come_into_place_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a group has brought: one launch for all of them; what is empty, in the host's memory or read against its
+    strides goes by itself."""
+    launches = list[int]()
+
+    def moved(rows: Sequence[Row] | Table, words: torch.Tensor, *, sums: bool = True) -> torch.Tensor:
+        launches.append(len(rows))
+        return moved_one_by_one(rows, words, sums=sums)
+
+    monkeypatch.setattr(weight_pieces, "move_rows", moved)
+    weight_map = make_map()
+    before, after = make_tensors(weight_map, 1), make_tensors(weight_map, 2)
+    store = store_of(weight_map, before, torch.float32)
+    store._buffers = DeviceBuffers(CPU, lambda: None)
+    store.begin(manifest_of(after), "inplace", False)
+    values: list[Any] = list(after.values())
+    values[0] = memoryview(values[0].numpy().tobytes())
+    values[1] = values[1].t().contiguous().t() if values[1].dim() == 2 else values[1]
+    pieces = [StagePiece(index, value, None, True, False) for index, value in enumerate(values)]
+    whole = list[int]()
+    for copies in store.stage_arrived(pieces):
+        assert copies is not None and copies[1].advance(60.0)
+        whole += copies[0]
+    assert sorted(whole) == list(range(len(after)))
+    assert launches == [len(after) - 2]
+    assert store.commit().is_done() and live_bits(store) == live_bits(make_store(weight_map, after))

@@ -75,9 +75,9 @@ def test_no_more_is_received_ahead_than_there_is_memory_for(
     seen = set[int]()
     for place, size in enumerate(sizes):
         wait_for(lambda: bool(arrivals._ready))
-        taken = arrivals.take()
-        assert taken is not None and taken[0] == place
-        values = torch.frombuffer(taken[1], dtype=torch.float32)
+        ((taken, data),) = arrivals.take(1)
+        assert taken == place
+        values = torch.frombuffer(data, dtype=torch.float32)
         assert len(values) == size and bool((values == 1).all())
         seen.add(values.data_ptr())
         assert len(arrivals._ready) <= 1 and group._memory._num_bytes <= max(2 << 20, 4 * size)
@@ -145,8 +145,8 @@ def test_broadcasts_begin_before_the_ones_ahead_are_over(monkeypatch: pytest.Mon
     thread.start()
     for number in range(8 if fails_at < 0 else fails_at):
         wait_for(lambda: bool(arrivals._ready))
-        taken = arrivals.take()
-        assert taken is not None and taken[0] == number and bool((taken[1] == number).all())
+        ((taken, data),) = arrivals.take(1)
+        assert taken == number and bool((data == number).all())
         arrivals.free()
     thread.join(30)
     assert device.story[:4] == ["begin 0", "begin 1", "begin 2", "end 0"]
@@ -157,6 +157,25 @@ def test_broadcasts_begin_before_the_ones_ahead_are_over(monkeypatch: pytest.Mon
     assert memory._num_bytes == sum(each.capacity for each in memory._free), "all of it was put back"
 
 
+@pytest.mark.parametrize("packing", [SEPARATE, 1000, TOGETHER])
+@pytest.mark.parametrize("skipped", [set(), {0}, {3}, {1, 2}, {4, 5}, set(range(6))])
+def test_what_has_come_is_taken_together_and_what_is_skipped_is_not(packing: int, skipped: set[int]) -> None:
+    device, memory = Device(), ArrivalMemory(Plain)
+    tensors = infos(*[100] * 6)
+    arrivals = GroupArrivals(cast(Any, device), memory, tensors, packing, time.monotonic() + 30, skipped)
+    arrivals.fill(device.broadcast)
+    wanted = [place for place in range(6) if place not in skipped]
+    assert arrivals.is_complete == (not wanted)
+    places = [place for place, data in arrivals.take(2) if data.nbytes == 400]
+    assert places == wanted[:2] and arrivals.take(0) == []
+    arrivals.free()
+    places = [place for place, data in arrivals.take(6) if data.nbytes == 400]
+    assert places == wanted[2:] and arrivals.is_complete == (not places)
+    arrivals.free()
+    assert arrivals.is_complete and arrivals.take(6) == []
+    assert memory._num_bytes == sum(each.capacity for each in memory._free), "all of it was put back"
+
+
 def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_memory, "MAX_AHEAD_BYTES", 2 << 20)
     (group,) = joined(trainer)
@@ -164,13 +183,12 @@ def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monk
     trainer.tell(do="send_sizes", name="g", sizes=[100] * 6, value=1.0)
     trainer.tell(do="send_sizes", name="g", sizes=[100] * 6, value=2.0)
     wait_for(functools.partial(_has_come, dropped))
-    taken = dropped.take()
-    assert taken is not None
+    assert len(dropped.take(1)) == 1
     dropped.drop()  # one is held, another has come, the rest has no memory yet
     dropped.drop()
     wait_for(functools.partial(_has_come, kept))
-    taken = kept.take()
-    assert taken is not None and bytes(taken[1]) == torch.full((100,), 2.0).numpy().tobytes()
+    ((_, data),) = kept.take(1)
+    assert bytes(data) == torch.full((100,), 2.0).numpy().tobytes()
     kept.drop()
     trainer.hear()
     trainer.hear()
@@ -198,11 +216,11 @@ def test_a_thread_that_stands_still_is_over_by_its_deadline(monkeypatch: pytest.
         time.sleep(0.4)
         assert group.problem is None and group.refusal() is None, "nothing is waited for"
         first, second = (group.receive(infos(4), SEPARATE, seconds) for seconds in (0.3, 60.0))
-        assert first.take() is None
+        assert first.take(1) == []
         wait_for(lambda: group.refusal() is not None)
         for arrivals in (first, second):
             with pytest.raises(DeadlineError, match="'g'.*does not answer") as caught:
-                arrivals.take()
+                arrivals.take(1)
             assert caught.value.field == "group_name"
         with pytest.raises(UpdateConflictError, match="destroy it and init it again"):
             raise group.refusal() or AssertionError
@@ -229,8 +247,8 @@ def test_every_rank_has_what_rank_0_sends(trainer: TrainerProcess, world_size: i
     for arrivals in calls:
         for size in sizes:
             wait_for(functools.partial(_has_come, arrivals))
-            taken = arrivals.take()
-            assert taken is not None and bytes(taken[1]) == torch.ones(size).numpy().tobytes()
+            ((_, data),) = arrivals.take(1)
+            assert bytes(data) == torch.ones(size).numpy().tobytes()
             arrivals.free()
     trainer.hear()
     for group in groups:
@@ -275,7 +293,7 @@ def test_memory_that_cannot_be_had_is_an_error_in_time() -> None:
 def test_a_device_without_room_for_more_ahead_is_waited_for() -> None:
     """What is free goes first, and then what is in use has to be put back; without room for one alone it is an
     error."""
-    left = 3 << 20
+    left = 4 << 20
 
     def make(capacity: int) -> Plain:
         if capacity > left - memory._num_bytes:
@@ -283,7 +301,7 @@ def test_a_device_without_room_for_more_ahead_is_waited_for() -> None:
         return Plain(capacity)
 
     memory = ArrivalMemory(make)
-    first, second = memory.take_now(1 << 20), memory.take_now(2 << 20)
+    first, second = memory.take_now(1 << 20), memory.take_now(3 << 20)
     assert first and second and memory.take_now(1) is None
     with pytest.raises(TimeoutError):
         memory.take(1, time.monotonic() + 0.05)
@@ -293,7 +311,7 @@ def test_a_device_without_room_for_more_ahead_is_waited_for() -> None:
     assert memory.take(1, time.monotonic()) is first
     memory = ArrivalMemory(make)
     with pytest.raises(torch.OutOfMemoryError):
-        memory.take_now(4 << 20)
+        memory.take_now(5 << 20)
 
 
 def test_no_addresses_behind_a_buffer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

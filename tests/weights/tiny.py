@@ -191,6 +191,9 @@ class _Memory:
     def open_buffer(self, ref: BufferRef | DeviceRef) -> StageBuffer:
         return self._store.open_buffer(ref)
 
+    def stage_arrived(self, tensors: Sequence[StagePiece]) -> Copies:
+        return one_by_one(self.stage, iter(tensors))
+
     def stage_pieces(self, pieces: Iterator[StagePiece]) -> Copies:
         return one_by_one(self.stage, pieces)
 
