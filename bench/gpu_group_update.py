@@ -1,9 +1,12 @@
 """How long a full update takes over a process group of NCCL, from a trainer's GPU to the engine's on the same host.
 
-    python bench/gpu_group_update.py --shape qwen3-8b --packings tensors,buckets --runs 7
+    python bench/gpu_group_update.py --shape qwen3-8b --packings tensors,packed,buckets --runs 7
 
     tensors   a broadcast for each, as vLLM's and slime's trainers send them by default
-    buckets   flattened into buckets of `--bucket-mib` first, which is counted too
+    packed    one call, flattened into buffers of about `--packed-mib` on the way, as vLLM's trainers can
+    buckets   a call for each bucket of `--bucket-mib`, flattened first, as SGLang's and slime's can
+
+What flattening takes is counted.
 
 The trainer is this process, on device 1, and the engine's core one of its own, on device 0. Each figure is from the
 update's begin to its commit's return, in place, by `begin_update`, `stage_from_group` and `commit`: the median of
@@ -52,19 +55,18 @@ class Trainer:
         self._group = c10d.ProcessGroupNCCL(part, 0, 2, options)  # type: ignore[attr-defined]
         joined.result()
 
-    def update(self, tensors: Named, buckets: list[Named], version: str) -> float:
-        """Seconds of one. Without buckets each tensor is sent by itself."""
+    def update(self, calls: list[Named], packing: str | int | None, version: str) -> float:
+        """Seconds of one, by so many calls: their tensors are sent as `packing` says (see `stage_from_group`)."""
+        tensors = [each for part in calls for each in part]
         manifest = [(name, tuple(tensor.shape), "bfloat16") for name, tensor in tensors]
         torch.cuda.synchronize()
         begin = time.perf_counter()
         session = self._engine.begin_update(version, manifest, mode="inplace")
-        for part in buckets or [tensors]:
+        for part in calls:
             names = [name for name, _ in part]
-            packing = "flattened_bucket" if buckets else None
             staged = self._thread.submit(self._engine.stage_from_group, session, names, _NAME, packing)
-            sent = [torch.cat([each.flatten() for _, each in part])] if buckets else [each for _, each in part]
-            for each in sent:
-                self._group.broadcast([each], self._options)
+            for sent in _sent(part, packing):
+                self._group.broadcast([sent], self._options)
             staged.result()
         self._engine.commit(session)
         return time.perf_counter() - begin
@@ -72,6 +74,21 @@ class Trainer:
     def close(self) -> None:
         self._engine.destroy_weights_update_group(_NAME)
         self._thread.shutdown()
+
+
+def _sent(tensors: Named, packing: str | int | None) -> Iterator[torch.Tensor]:
+    """What is broadcast, one after the other."""
+    if packing is None:
+        yield from (tensor for _, tensor in tensors)
+        return
+    part: list[torch.Tensor] = []
+    for _, tensor in tensors:
+        part.append(tensor.flatten())
+        if isinstance(packing, int) and sum(each.nbytes for each in part) > packing:
+            yield torch.cat(part)
+            part = []
+    if part:
+        yield torch.cat(part)
 
 
 def cut(tensors: Named, num_bytes: int) -> Iterator[Named]:
@@ -94,7 +111,8 @@ def _free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-8b")
-    parser.add_argument("--packings", default="tensors,buckets")
+    parser.add_argument("--packings", default="tensors,packed,buckets")
+    parser.add_argument("--packed-mib", type=int, default=256)
     parser.add_argument("--bucket-mib", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
@@ -117,11 +135,15 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
     num_bytes = sum(tensor.nbytes for _, tensor in tensors)
     report: dict[str, Any] = {"shape": arguments.shape, "gigabytes": num_bytes / 1e9}
     trainer = Trainer(engine)
-    for packing in arguments.packings.split(","):
-        buckets = list(cut(tensors, arguments.bucket_mib << 20)) if packing == "buckets" else []
-        seconds = [trainer.update(tensors, buckets, f"{packing} {run}") for run in range(arguments.runs + 1)]
+    ways: dict[str, tuple[list[Named], str | int | None]] = {
+        "tensors": ([tensors], None),
+        "packed": ([tensors], arguments.packed_mib << 20),
+        "buckets": (list(cut(tensors, arguments.bucket_mib << 20)), "flattened_bucket"),
+    }
+    for way in arguments.packings.split(","):
+        seconds = [trainer.update(*ways[way], f"{way} {run}") for run in range(arguments.runs + 1)]
         median = statistics.median(seconds[1:])
-        report[packing] = {
+        report[way] = {
             "first_ms": round(1e3 * seconds[0], 1),
             "median_ms": round(1e3 * median, 1),
             "best_ms": round(1e3 * min(seconds[1:]), 1),

@@ -26,7 +26,14 @@ from gpu_attention import Paged
 from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, time_us
 
 from headrace.kernels.paged_kv import AttentionShape
-from headrace.kernels.triton import linear_rows, row_operations, sampling_rows, threshold_search, top_rows
+from headrace.kernels.triton import (
+    linear_rows,
+    ordered_products,
+    row_operations,
+    sampling_rows,
+    threshold_search,
+    top_rows,
+)
 from headrace.kernels.triton.slot_params import DIVISOR, MIN_P, NUM_PARAMS, NUM_TOP, TEMPERATURE, TOP_K, TOP_P
 from headrace.kernels.triton.work_items import LaunchBounds
 from tests.kernels import oracles
@@ -158,7 +165,7 @@ def linear(table: Table) -> None:
             num_bytes = weights[0].nbytes + x.nbytes + out.nbytes
             runs = {
                 "library": lambda w, x=x, o=out: torch.mm(x, w.T, out=o),
-                "invariant": lambda w, x=x, o=out: linear_rows.multiply_tiles(x, w, None, o),
+                "invariant": lambda w, x=x, o=out: ordered_products.multiply_tiles(x, w, None, o),
             }
             if num_rows == 1:
                 runs["row"] = lambda w, x=x, o=out: linear_rows.multiply_row(x, w, o)

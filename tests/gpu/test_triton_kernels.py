@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
-from headrace.kernels.triton.linear_rows import MatrixTile, matrix_tile, multiply_row, multiply_tiles
+from headrace.kernels.triton.linear_rows import multiply_row
+from headrace.kernels.triton.ordered_products import MatrixTile, matrix_tile, multiply_tiles
 from headrace.kernels.triton.paged_attention import PagedAttention
 from headrace.kernels.triton.row_operations import rms_norm, rope_and_store, silu_and_mul
 from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
@@ -49,14 +50,18 @@ def test_products_have_the_same_bits_at_any_number_of_rows(num_outputs: int, num
     assert error(whole[:64], reference_linear(x[:64], weight, None)) < 1e-2
     tiles: set[MatrixTile] = set()
     for num_rows in (1, 2, 8, 16, 17, 32, 33, 64, 100, 128, 129, 200, 256, 300, 512, 1000):
-        tiles.add(matrix_tile(num_rows, num_outputs, BF16))
+        tiles.add(matrix_tile(num_rows, num_outputs, BF16, fetches=True))
         rows = torch.randperm(2048, device=DEVICE)[:num_rows]
         for pdl in (False, True):
             found = torch.empty(num_rows, num_outputs, device=DEVICE, dtype=BF16)
             multiply_tiles(x[rows], weight, None, found, pdl=pdl)
             assert torch.equal(found, whole[rows]), f"{num_rows} rows, pdl {pdl}"
-    every = {matrix_tile(num_rows, num_outputs, BF16) for num_rows in range(1, 2049)}
-    assert tiles | {matrix_tile(2048, num_outputs, BF16)} == every, "the sizes above try every tile that is picked"
+    every = {matrix_tile(num_rows, num_outputs, BF16, fetches=True) for num_rows in range(1, 2049)}
+    picked = tiles | {matrix_tile(2048, num_outputs, BF16, fetches=True)}
+    assert picked == every, "the sizes above try every tile that is picked"
+    for kept in {matrix_tile(num_rows, num_outputs, BF16) for num_rows in (33, 128, 512, 2048)}:
+        multiply_tiles(x, weight, None, found_whole := torch.empty_like(whole), tile=kept)
+        assert torch.equal(found_whole, whole), "loads of the program's own"
 
 
 class Pages:

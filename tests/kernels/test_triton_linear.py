@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.kernels.triton.linear_rows import MatrixTile, multiply_row, multiply_tiles
+from headrace.kernels.triton.linear_rows import multiply_row
+from headrace.kernels.triton.ordered_products import MatrixTile, multiply_tiles
 from tests.kernels.oracles import reference_linear, reference_rms_norm, reference_silu_and_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,11 +40,11 @@ def test_one_row_with_everything_fused(num_outputs: int, num_inputs: int, dtype:
 
 
 @pytest.mark.usefixtures("dot_by_rows")
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "is_fetched"), [(torch.float32, False), (HALF, False), (HALF, True)])
+def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, is_fetched: bool) -> None:
     x, weight = random(40, 200, dtype=dtype, seed=6), random(70, 200, dtype=dtype, seed=7) * 200**-0.5
     bias, residual = random(70, dtype=dtype, seed=8), random(40, 70, dtype=dtype, seed=9)
-    tile = MatrixTile(16, 32, 64, 4, 3)
+    tile = MatrixTile(64 if is_fetched else 16, 32, 64, 4, 3, is_fetched=is_fetched)
     whole = residual.clone()
     multiply_tiles(x, weight, bias, whole, adds=True, tile=tile)
     assert error(whole, residual + reference_linear(x, weight, bias)) < TOLERANCES[dtype]

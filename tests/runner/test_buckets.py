@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headrace.attention.base import Bucket
-from headrace.kernels.triton.linear_rows import matrix_tile
+from headrace.kernels.triton.ordered_products import matrix_tile
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
 from headrace.runner.buckets import Buckets, row_sizes, token_sizes
 
@@ -53,7 +53,7 @@ def test_the_largest_launches_are_captured_first() -> None:
     assert buckets.sampled[0] == 64 and buckets.sampled[-1] == 1
 
 
-@pytest.mark.parametrize("numerics", ["fast", "invariant"])
+@pytest.mark.parametrize("numerics", ["fast", "invariant", "invariant, by TMA"])
 def test_a_start_runs_every_size_at_which_another_kernel_is_picked(numerics: str) -> None:
     """Whatever is captured: a step of any size then finds its products compiled."""
     products: list[tuple[ProductKind, int, int]] = [
@@ -63,8 +63,9 @@ def test_a_start_runs_every_size_at_which_another_kernel_is_picked(numerics: str
 
     @functools.cache
     def picked(kind: ProductKind, num_outputs: int, num_inputs: int, num_rows: int) -> Any:
-        if numerics == "invariant":
-            return matrix_tile(num_rows, num_outputs * (2 if kind == "gate" else 1), torch.bfloat16)
+        if numerics != "fast":
+            width = num_outputs * (2 if kind == "gate" else 1)
+            return matrix_tile(num_rows, width, torch.bfloat16, fetches=numerics.endswith("TMA"))
         return choose_product(kind, num_rows, num_outputs, num_inputs, torch.bfloat16)
 
     for max_rows, max_tokens, max_graph_tokens in itertools.product((1, 8, 32, 512), (64, 2048, 8192), (16, 64, 2048)):

@@ -16,7 +16,8 @@ from torch import Tensor
 from headrace.kernels import LayerKernels
 from headrace.kernels.products import PLAIN, Products
 from headrace.kernels.triton.fused_products import ProductTile, ProductWorkspace, multiply_fused
-from headrace.kernels.triton.linear_rows import RowTile, multiply_row, multiply_tiles
+from headrace.kernels.triton.linear_rows import RowTile, multiply_row
+from headrace.kernels.triton.ordered_products import multiply_tiles
 from headrace.kernels.triton.product_choice import ProductKind, choose_product
 from headrace.kernels.triton.row_operations import rms_norm, silu_and_mul
 

@@ -1,12 +1,8 @@
-"""Matrix products where a library's are slow or not reproducible enough. Owns two kernels and their tile sizes.
+"""Products of one row, or very few, by a weight. Owns `multiply_row` and its tile sizes.
 
-`multiply_row` is for one row (or very few): it streams the weight once, has the norm before it and the residual sum or
-the gate after it inside, and so makes a decoder layer at batch 1 a handful of launches. With `pdl` a launch may
-begin before the one ahead of it ends and fetch its weights meanwhile (programmatic dependent launch).
-
-`multiply_tiles` is the batch-invariant product: every tile size sums a row's products in the same steps of 16 along K,
-one accumulator, no split, so a row's bits never depend on the number of rows, nor on the tile that this picks. That the
-narrow and the wide matrix instructions round alike is a fact of the device, which a test on it holds to.
+It streams the weight once, has the norm before it and the residual sum or the gate after it inside, and so makes a
+decoder layer at batch 1 a handful of launches. With `pdl` a launch may begin before the one ahead of it ends and fetch
+its weights meanwhile (programmatic dependent launch).
 
 Legend: M rows, K input features, N output features.
 """
@@ -16,12 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.dependent_launch import fetch_ahead, launch_options
+from headrace.kernels.triton.dependent_launch import launch_options
 
 
 @triton.jit
@@ -133,89 +128,4 @@ def multiply_row(
         K=num_inputs, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_NORM=norm_K is not None,
         HAS_BIAS=bias_N is not None, GATED=gated, ADDS=adds, PDL=pdl, num_warps=tile.num_warps,
         **launch_options(pdl),
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M"])
-def _tile_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, out_stride, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One output tile; programs that share a weight tile are neighbours."""
-    num_tiles_m = tl.cdiv(M, BLOCK_M)
-    program = tl.program_id(0)
-    rows = program % num_tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    outputs = program // num_tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    inputs = tl.arange(0, BLOCK_K)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        fetch_ahead(w_ptr, outputs % N, 0, K, 2)  # weights do not come from the launch ahead
-        tl.extra.cuda.gdc_wait()
-    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * x_stride + inputs[None, :]
-    w_ptrs = w_ptr + (outputs % N).to(tl.int64)[None, :] * K + inputs[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inside = inputs < K - start
-        x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x, w, acc=acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    dtype = out_ptr.dtype.element_ty
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-    target = out_ptr + rows.to(tl.int64)[:, None] * out_stride + outputs[None, :]
-    mask = (rows < M)[:, None] & (outputs < N)[None, :]
-    if ADDS:
-        acc = acc.to(dtype).to(tl.float32) + tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, acc.to(dtype), mask=mask)
-
-
-@dataclass(frozen=True)
-class MatrixTile:
-    """Rows, outputs and inputs of a tile, warps, pipeline stages."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def matrix_tile(num_rows: int, num_outputs: int, dtype: torch.dtype) -> MatrixTile:
-    """The fastest tile measured. All sum along K in the same steps, so a row's bits are the same with each of them."""
-    if dtype == torch.float32:
-        return MatrixTile(16, 64, 32, 4, 3)
-    if num_rows <= 32:
-        return MatrixTile(16, 64, 128, 4, 4) if num_outputs >= 4096 else MatrixTile(16, 32, 256, 4, 3)
-    if triton.cdiv(num_rows, 128) * triton.cdiv(num_outputs, 128) >= 96 and num_rows > 128:
-        return MatrixTile(128, 128, 64, 4, 4)
-    return MatrixTile(64, 128, 64, 4, 4) if num_outputs > 16384 else MatrixTile(64, 64, 128, 4, 3)
-
-
-def multiply_tiles(
-    x_MK: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    out_MN: Tensor,
-    *,
-    adds: bool = False,
-    pdl: bool = False,
-    tile: MatrixTile | None = None,
-) -> None:
-    """out = x W^T + b (out += with `adds`), the same bits for a row whatever the other rows and their number.
-
-    pdl      as in `multiply_row`
-    """
-    num_rows, num_inputs = x_MK.shape
-    num_outputs = out_MN.shape[1]
-    tile = tile or matrix_tile(num_rows, num_outputs, x_MK.dtype)
-    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_outputs, tile.block_n),)
-    _tile_kernel[grid](
-        x_MK, weight_NK, weight_NK if bias_N is None else bias_N, out_MN, x_MK.stride(0), out_MN.stride(0),
-        num_rows, num_outputs, num_inputs,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HAS_BIAS=bias_N is not None, ADDS=adds,
-        PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, **launch_options(pdl),
     )  # fmt: skip
