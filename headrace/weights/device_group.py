@@ -17,6 +17,13 @@ from headrace.weights.staging import TORCH_DTYPES
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.0001, 0.01
 _EAGER_S = 0.0002
 """Seconds for which there is no pause between two looks: as a rule a broadcast is enqueued by then."""
+
+
+def pause_of(waited_s: float) -> float:
+    """Seconds until the next look at what has been waited for so long."""
+    return 0.0 if waited_s < _EAGER_S else min(_LONGEST_LOOK_S, _SHORTEST_LOOK_S + waited_s / 16)
+
+
 Found = TypeVar("Found")
 
 
@@ -77,11 +84,13 @@ class NcclBroadcast:
     def warm_up(self, until: float) -> None:
         """Take part in the first thing that all ranks of a trainer of vLLM's do: the sum of a number each."""
         number = torch.zeros(1, dtype=torch.float32, device=self._device)
-        self._begin(number, until, lambda rank, stream: rank.sum_floats(number.data_ptr(), 1, stream))()
+        self._await(
+            self._begin(number, until, lambda rank, stream: rank.sum_floats(number.data_ptr(), 1, stream)), until
+        )
 
-    def __call__(self, into: torch.Tensor, seconds: float) -> Callable[[], None]:
-        """Begin to receive these bytes from rank 0, behind what was begun before. Returned is what waits until they are
-        there. Both raise `TimeoutError` after so many seconds from now, and none comes then."""
+    def __call__(self, into: torch.Tensor, seconds: float) -> Callable[[], bool]:
+        """Begin to receive these bytes from rank 0, behind what was begun before. Returned is what looks whether they
+        are there. Both raise `TimeoutError` after so many seconds from now, and none comes then."""
         until = time.monotonic() + seconds
         if self._rank is None:
             self.join(until)
@@ -92,7 +101,7 @@ class NcclBroadcast:
         if self._rank is not None:
             self._rank.abort()
 
-    def _begin(self, memory: torch.Tensor, until: float, begin: Callable[[NcclRank, int], None]) -> Callable[[], None]:
+    def _begin(self, memory: torch.Tensor, until: float, begin: Callable[[NcclRank, int], None]) -> Callable[[], bool]:
         rank, done = self._rank, torch.cuda.Event()  # type: ignore[no-untyped-call]
         assert rank is not None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -101,20 +110,26 @@ class NcclBroadcast:
         self._await(rank.is_idle, until)
         done.record(self._stream)
 
-        def wait() -> None:
-            self._await(lambda: rank.is_idle() and done.query(), until)  # type: ignore[no-untyped-call]
+        def look() -> bool:
+            return rank.is_idle() and bool(done.query())  # type: ignore[no-untyped-call]
 
-        return wait
+        return lambda: bool(self._found(look, until))
 
     def _await(self, look: Callable[[], Found | None], until: float) -> Found:
         """What is found at last."""
         began = time.monotonic()
-        while not (found := look()):
+        while not (found := self._found(look, until)):
             now = time.monotonic()
-            if now >= until:
-                raise TimeoutError("not all ranks have come to it by then")
-            if self._is_over() and not look():
+            time.sleep(max(0.0, min(pause_of(now - began), until - now)))
+        return found
+
+    def _found(self, look: Callable[[], Found | None], until: float) -> Found | None:
+        """What is found now. Raises where it is not to be waited for any longer."""
+        found = look()
+        if not found and time.monotonic() >= until:
+            raise TimeoutError("not all ranks have come to it by then")
+        if not found and self._is_over():
+            found = look()  # it may have come before that
+            if not found:
                 raise ConnectionError("rank 0 has ended")
-            pause = 0.0 if now - began < _EAGER_S else _SHORTEST_LOOK_S + (now - began) / 16
-            time.sleep(max(0.0, min(_LONGEST_LOOK_S, pause, until - now)))
         return found

@@ -29,7 +29,7 @@ from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictEr
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import TensorInfo
 from headrace.weights.arrival_memory import ArrivalMemory, Buffer
-from headrace.weights.device_group import DeviceBuffer, NcclBroadcast
+from headrace.weights.device_group import DeviceBuffer, NcclBroadcast, pause_of
 from headrace.weights.unique_id import find_unique_id
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ MOST_RANKS_OF_AN_ID = 128
 _LOOK_S = 0.2
 _GRACE_S = 1.0  # after a deadline: the thread itself says more
 
-Broadcast = Callable[[torch.Tensor, float], Callable[[], None] | None]
-"""Begin a broadcast from rank 0 into these bytes, and return what waits for its end; it takes so many seconds at most.
-None: it is over."""
+Broadcast = Callable[[torch.Tensor, float], Callable[[], bool] | None]
+"""Begin a broadcast from rank 0 into these bytes, and return what looks whether it is over; it takes so many seconds at
+most. None: it is over."""
 
 
 class TorchGroup:
@@ -241,12 +241,12 @@ def _no_transport(terms: JoinGroup, device: torch.device) -> WeightUpdateError:
 
 @dataclass(eq=False)
 class _UnderWay:
-    """A broadcast that has begun: of which tensors, of how many bytes, into what, and how its end is waited for."""
+    """A broadcast that has begun: of which tensors, of how many bytes, into what, and what looks whether it is over."""
 
     places: range
     size: int
     buffer: Buffer
-    wait: Callable[[], None] | None = None
+    is_over: Callable[[], bool] | None = None
 
 
 class GroupArrivals:
@@ -323,28 +323,39 @@ class GroupArrivals:
             for places in self._broadcasts():
                 self._group.check_open()
                 size = sum(self._tensors[place].num_bytes for place in places)
-                while (buffer := self._memory.take_now(size)) is None and under_way:
-                    self._finish(under_way)
-                buffer = buffer or self._memory.take(size, self.until)
+                buffer = self._room_for(size, under_way)
                 under_way.append(_UnderWay(places, size, buffer))
-                under_way[-1].wait = broadcast(buffer.armed(size), self.until - time.monotonic())
-                if under_way[-1].wait is None:
-                    self._finish(under_way)
+                under_way[-1].is_over = broadcast(buffer.armed(size), self.until - time.monotonic())
+                self._hand_on_what_came(under_way)
+            waits_since = time.monotonic()
             while under_way:
-                self._finish(under_way)
+                self._hand_on_next(under_way, waits_since)
         except BaseException:
             for each in under_way:
                 self._memory.put(each.buffer)
             raise
 
-    def _finish(self, under_way: deque[_UnderWay]) -> None:
-        """Wait for the oldest, and hand it on."""
-        oldest = under_way[0]
-        if oldest.wait is not None:
-            oldest.wait()
-        self._check(oldest.buffer, oldest.size, oldest.places)
-        under_way.popleft()
-        self._hand_on(oldest.buffer, oldest.places)
+    def _room_for(self, size: int, under_way: deque[_UnderWay]) -> Buffer:
+        """Memory for so many bytes. What has come meanwhile is handed on, so that some is put back."""
+        waits_since = time.monotonic()
+        while (buffer := self._memory.take_now(size)) is None and under_way:
+            self._hand_on_next(under_way, waits_since)
+        return buffer or self._memory.take(size, self.until)
+
+    def _hand_on_next(self, under_way: deque[_UnderWay], waits_since: float) -> None:
+        """What has come, or a pause until the next look."""
+        if not self._hand_on_what_came(under_way):
+            time.sleep(pause_of(time.monotonic() - waits_since))
+
+    def _hand_on_what_came(self, under_way: deque[_UnderWay]) -> bool:
+        """In the order in which it was begun; whether there was any."""
+        num_begun = len(under_way)
+        while under_way and (under_way[0].is_over is None or under_way[0].is_over()):
+            oldest = under_way[0]
+            self._check(oldest.buffer, oldest.size, oldest.places)
+            under_way.popleft()
+            self._hand_on(oldest.buffer, oldest.places)
+        return len(under_way) < num_begun
 
     def _broadcasts(self) -> Iterator[range]:
         """The places of the tensors that come in one: until they are over the packing, with the one that makes them."""

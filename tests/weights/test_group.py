@@ -88,23 +88,29 @@ def test_no_more_is_received_ahead_than_there_is_memory_for(
 
 
 class Device:
-    """Broadcasts that are over when they are waited for, and what happened to them, in order."""
+    """Broadcasts of which one is over at every `looks`th look, and what happened to them, in order."""
+
+    looks = 1
 
     def __init__(self) -> None:
-        self.story = list[str]()
+        self.story, self.num_looks = list[str](), 0
         self.fails_at, self.problem = -1, None
 
-    def broadcast(self, into: torch.Tensor, _: float) -> Callable[[], None]:
+    def broadcast(self, into: torch.Tensor, _: float) -> Callable[[], bool]:
         number = sum(each.startswith("begin") for each in self.story)
         self.story.append(f"begin {number}")
 
-        def wait() -> None:
+        def is_over() -> bool:
+            self.num_looks += 1
+            if self.num_looks % self.looks:
+                return False
             if number == self.fails_at:
                 raise RuntimeError("it was lost")
             into.fill_(number)
             self.story.append(f"end {number}")
+            return True
 
-        return wait
+        return is_over
 
     def check_open(self) -> None:
         pass
@@ -131,7 +137,7 @@ def test_broadcasts_begin_before_the_ones_ahead_are_over(monkeypatch: pytest.Mon
     """As many as there is memory for; tensors are handed on in order, and what was under way when one failed is not."""
     monkeypatch.setattr(arrival_memory, "MAX_DEVICE_BYTES", 3 << 20)
     device, memory = Device(), ArrivalMemory(Plain)
-    device.fails_at = fails_at
+    device.fails_at, device.looks = fails_at, 4
     arrivals = GroupArrivals(cast(Any, device), memory, infos(*[100] * 8), SEPARATE, time.monotonic() + 30)
     failure = list[Exception]()
 
