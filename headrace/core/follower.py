@@ -45,7 +45,7 @@ RESULT_SECONDS = 0.02
 SENT_SECONDS = 0.0002
 """Between two looks whether the device has a result that rank 0 waits for."""
 
-ARRIVAL_SECONDS = 0.0002
+ARRIVAL_SECONDS = 0.001
 
 
 class Follower:

@@ -138,7 +138,7 @@ class CoreLoop:
         longest = min(replica.executor.attend(), _LONGEST_WAIT_S)
         if self._is_quiet:
             return longest
-        if (look_s := replica.update.arrival_look_s) is not None:
+        if look_s := replica.update.look_s:
             return look_s
         if replica.groups.joining:
             return _JOINING_LOOK_S

@@ -7,6 +7,7 @@ for. It yields whether it waits for something that has not come.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from headrace.core.rank_messages import (
     StageFileOn,
     StageForeignOn,
 )
+from headrace.core.staging import COPY_LOOK_S
 from headrace.ipc import SharedBuffer
 from headrace.types.errors import CheckpointError, UpdateConflictError
 from headrace.types.memory import MemoryTag
@@ -211,7 +213,8 @@ class RankWorks:
             pieces = [StagePiece(index, data, None, True, False) for index, (_, data) in zip(left, found, strict=False)]
             for copies in self._store.stage_arrived(pieces):
                 while copies is not None and not copies[1].advance(SLICE_SECONDS):
-                    yield True  # the group's thread has the interpreter meanwhile
+                    time.sleep(COPY_LOOK_S)  # the group's thread has the interpreter meanwhile
+                    yield False
             arrivals.free()
             left = left[len(found) :]
         return tuple(self._store.take_sum(index) for index in message.indices)

@@ -14,6 +14,12 @@ from headrace.types.messages import NO_DEADLINE, Receive, Stage, StagePayload
 from headrace.weights.memory import Copies, SharedTensors, StageCopy, StagePiece
 from headrace.weights.session import OpenUpdate, WeightMachine
 
+ARRIVAL_LOOK_S = 0.001
+"""Between two looks at what a group brings: tensors that come faster are staged together, which costs less."""
+
+COPY_LOOK_S = 0.00005
+"""Between two looks at a copy that a device makes, while a thread needs the interpreter."""
+
 MOST_ARRIVALS = 256
 """Tensors of a group that are staged at once: of ranks each is a few bytes of a message."""
 
@@ -25,8 +31,8 @@ class StageJob:
     `what` they are, for messages; `close` lets go of what they are taken from. `is_waiting`: the last `advance` found
     that the next tensor has not come.
 
-    `is_fed`: a thread of this process brings them, which needs the interpreter meanwhile. `idle_since` (of
-    `time.perf_counter`) is then when it was found that nothing can be done but to wait; 0: something can.
+    `is_fed`: a thread of this process brings them, which needs the interpreter meanwhile. Then `look_s` are the seconds
+    until the next `advance` where nothing can be done but to wait; 0: something can.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class StageJob:
         self.deadline = deadline
         self.what = what
         self.is_waiting = False
-        self.idle_since = 0.0
+        self.look_s = 0.0
         self._is_fed = is_fed
         self._machine = machine
         self._session_id = session_id
@@ -60,8 +66,9 @@ class StageJob:
         """
         started = time.perf_counter()
         is_done = self._copy_until(started + budget_s, now)
-        is_idle = self._is_fed and not is_done and time.perf_counter() < started + budget_s
-        self.idle_since = (self.idle_since or started) if is_idle else 0.0
+        self.look_s = 0.0
+        if self._is_fed and not is_done and time.perf_counter() < started + budget_s:
+            self.look_s = ARRIVAL_LOOK_S if self.is_waiting else COPY_LOOK_S
         return is_done
 
     def _copy_until(self, stop_at: float, now: float) -> bool:

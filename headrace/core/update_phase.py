@@ -11,9 +11,6 @@ from headrace.types.weights import InFlight
 COMMIT_LOOK_S = 0.0002
 """Between two looks at a commit under way, where somebody waits for its end."""
 
-SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.00002, 0.001
-"""Between two looks at what a group brings."""
-
 LET_GO_S = 0.0005
 """Spent at a time on what an update that is over has left: its caller asks for the status next."""
 

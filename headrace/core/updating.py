@@ -27,15 +27,7 @@ from headrace.core.faults import FAULTS, failure
 from headrace.core.outbox import Outbox
 from headrace.core.staging import StageJob, job_from_tensors
 from headrace.core.stepping import Stepper
-from headrace.core.update_phase import (
-    COMMIT_LOOK_S,
-    LET_GO_S,
-    LONGEST_LOOK_S,
-    SHORTEST_LOOK_S,
-    Hold,
-    PendingCall,
-    UpdatePhase,
-)
+from headrace.core.update_phase import COMMIT_LOOK_S, LET_GO_S, Hold, PendingCall, UpdatePhase
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
 from headrace.types.messages import NO_DEADLINE, BeginUpdate, CommitUpdate, ExtendUpdate, UpdateFromDisk
@@ -223,7 +215,7 @@ class UpdateControl:
         if self._jobs:
             job = self._jobs[0]
             self._advance_job(job, budget_s, now)
-            return not job.idle_since
+            return not job.look_s
         if self._commit is not None:
             self._make_live(session, self._commit)
             return True
@@ -255,13 +247,10 @@ class UpdateControl:
         return min(self.machine.session.deadline, commit, *(job.deadline for job in self._jobs))
 
     @property
-    def arrival_look_s(self) -> float | None:
-        """Seconds until the next look at tensors that come from a thread of this process, and at their copies, of which
-        nobody will tell: the longer it has been in vain, the more. None: there are none."""
-        if not any(job.idle_since for job in self._jobs):
-            return None
-        waited = time.perf_counter() - max(job.idle_since for job in self._jobs)
-        return min(LONGEST_LOOK_S, max(SHORTEST_LOOK_S, waited / 8))
+    def look_s(self) -> float:
+        """Seconds until the next look at tensors that come from a thread of this process, or at their copies, of which
+        nobody will tell; 0: there are none."""
+        return min((job.look_s for job in self._jobs if job.look_s), default=0.0)
 
     @property
     def num_steps_while_staging(self) -> int:

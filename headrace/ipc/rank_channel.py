@@ -17,7 +17,6 @@ from headrace.ipc.links import PeerClosed
 READ_BYTES = 1 << 18
 SEND_SECONDS = 10.0
 _HEADER = struct.Struct("<II")  # as `pack_frame`, and the kind
-_POLL_STEP_S = 0.001  # `poll` counts in these, and rounds up
 _KIND = struct.Struct("<I")
 
 
@@ -51,10 +50,8 @@ class RankChannel:
 
         Raises `PeerClosed` once the other end is gone and all it sent has been returned.
         """
-        if timeout >= _POLL_STEP_S:
+        if timeout > 0:
             self._incoming.poll(timeout * 1000.0)
-        elif timeout > 0:
-            time.sleep(timeout)
         frames: list[bytes] = []
         while not self._closed_reason:
             try:
