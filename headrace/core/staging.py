@@ -14,8 +14,8 @@ from headrace.types.messages import NO_DEADLINE, Receive, Stage, StagePayload
 from headrace.weights.memory import Copies, SharedTensors, StageCopy, StagePiece
 from headrace.weights.session import OpenUpdate, WeightMachine
 
-ARRIVAL_LOOK_S = 0.001
-"""Between two looks at what a group brings: tensors that come faster are staged together, which costs less."""
+ARRIVAL_LOOK_S = 0.0003
+"""Between two looks at what a group brings."""
 
 COPY_LOOK_S = 0.00005
 """Between two looks at a copy that a device makes, while a thread needs the interpreter."""

@@ -77,7 +77,7 @@ class ArrivalMemory:
     def __init__(self, make: Callable[[int], Buffer] | None = None) -> None:
         self.is_guarded = True
         self._make = make
-        self._most = MAX_AHEAD_BYTES if make is None else MAX_DEVICE_BYTES
+        self.most_bytes = MAX_AHEAD_BYTES if make is None else MAX_DEVICE_BYTES
         self.lock = threading.Lock()
         self._returned = threading.Condition(self.lock)
         self._free: list[Buffer] = []
@@ -108,9 +108,9 @@ class ArrivalMemory:
             smallest = min(fitting, key=lambda buffer: buffer.capacity)
             self._free.remove(smallest)
             return smallest
-        while self._free and self._num_bytes + capacity > self._most:
+        while self._free and self._num_bytes + capacity > self.most_bytes:
             self._num_bytes -= self._free.pop(0).capacity
-        if self._num_bytes and self._num_bytes + capacity > self._most:
+        if self._num_bytes and self._num_bytes + capacity > self.most_bytes:
             return None
         found = self._made(capacity)
         if found is not None:
@@ -142,7 +142,7 @@ class ArrivalMemory:
     def put(self, buffer: Buffer) -> None:
         """It is not read any more, and may be filled again."""
         with self._returned:
-            if buffer.capacity > self._most:
+            if buffer.capacity > self.most_bytes:
                 self._num_bytes -= buffer.capacity
             else:
                 self._free.append(buffer)

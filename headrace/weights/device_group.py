@@ -14,14 +14,13 @@ from headrace.types.weights import TensorInfo
 from headrace.weights.nccl import NcclRank
 from headrace.weights.staging import TORCH_DTYPES
 
-_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.0001, 0.01
-_EAGER_S = 0.0002
-"""Seconds for which there is no pause between two looks: as a rule a broadcast is enqueued by then."""
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.00005, 0.01
 
 
 def pause_of(waited_s: float) -> float:
-    """Seconds until the next look at what has been waited for so long."""
-    return 0.0 if waited_s < _EAGER_S else min(_LONGEST_LOOK_S, _SHORTEST_LOOK_S + waited_s / 16)
+    """Seconds until the next look at what has been waited for so long. Without a pause the interpreter would go back
+    and forth between this thread and the one that stages, and each of these ways takes as long as one."""
+    return min(_LONGEST_LOOK_S, _SHORTEST_LOOK_S + waited_s / 16)
 
 
 Found = TypeVar("Found")

@@ -326,7 +326,9 @@ class GroupArrivals:
                 buffer = self._room_for(size, under_way)
                 under_way.append(_UnderWay(places, size, buffer))
                 under_way[-1].is_over = broadcast(buffer.armed(size), self.until - time.monotonic())
-                self._hand_on_what_came(under_way)
+                # Many at once: to stage a tensor alone takes the interpreter for longer than it takes to come.
+                if under_way[-1].is_over is None or 2 * sum(each.size for each in under_way) > self._memory.most_bytes:
+                    self._hand_on_what_came(under_way)
             waits_since = time.monotonic()
             while under_way:
                 self._hand_on_next(under_way, waits_since)
