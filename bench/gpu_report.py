@@ -145,6 +145,22 @@ ROWS: dict[str, Row] = {
             Figure("first_token_ms.p99"),
         ),
     ),
+    "streams": Row(
+        (
+            *_kind("online", "--shape", "qwen3-0.6b", "--http", "--length-divisor", "2"),
+            "--num-requests",
+            "1024",
+            "--concurrency",
+            "512",
+        ),
+        (
+            Figure("tokens_per_second", 28_755, None, 19_900),
+            Figure("longest_ms.max", 300, 60, 130, is_lower_better=True),
+            Figure("p99_over_p50", 2.5, is_lower_better=True),
+            Figure("between_tokens_ms.p50", None, None, 20.4, is_lower_better=True),
+            Figure("first_token_ms.p50", 500, is_lower_better=True),
+        ),
+    ),
     "topp": Row(_offline("0.6b", "B", "--top-p", "0.95", "--top-k", "50"), _ratio("B06", 0.90)),
     "top5": Row(_offline("0.6b", "B", "--top-logprobs", "5"), _ratio("B06", 0.95)),
     "serve": Row(

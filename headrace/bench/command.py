@@ -73,6 +73,7 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-requests", type=_positive, help="in all (default: 2000, on a CPU 100)")
     parser.add_argument("--concurrency", type=_positive, help="in flight (default: 256, on a CPU 32)")
     parser.add_argument("--length-divisor", type=_positive, help="divide every length by this (default: 1, on a CPU 8)")
+    parser.add_argument("--http", action="store_true", help="stream over HTTP; nothing is re-scored then")
     _add_common(parser)
 
 

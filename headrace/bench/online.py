@@ -1,7 +1,8 @@
 """`headrace bench online`: streams under a steady load, and how evenly their tokens come.
 
 Owns how latency is measured: a closed loop (whoever gets an answer asks again) keeps a number of requests in flight
-until all are served; each is streamed, and times are taken where a caller of `AsyncEngine` has the piece in hand. The
+until all are served; each is streamed, and times are taken where a caller of `AsyncEngine` has the piece in hand, or
+with `http` a client in a process of its own, to whom `headrace serve` streams each over a connection of its own. The
 time to the first token counts from submission; the time between tokens is that between two pieces of one stream, which
 hold one token each unless the caller fell behind (`tokens_per_piece`). Nothing of the first token counts there.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import gc
 import tempfile
 import time
@@ -20,11 +22,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from headrace.bench.engine_setup import EngineSetup, metric_deltas, prepare
+from headrace.bench.engine_setup import EngineSetup, Prepared, metric_deltas, prepare
+from headrace.bench.http_streams import StreamLoad, StreamTimes
+from headrace.bench.http_wire import run_client
 from headrace.bench.offline import check_rescoring, workload_report
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.rescore import NUM_RESCORED, ScoredSequence, evenly_spaced, rescore
 from headrace.bench.workloads import CLOSED_LOOP_REQUESTS, CPU_SCALE, WARM_TOKENS, Workload, make_closed_loop
+from headrace.client.runtime import START_SECONDS, ServerProcess
 from headrace.engine import AsyncEngine, GenerateItem
 from headrace.types.errors import InternalError
 from headrace.types.sampling_params import LogprobMode, LogprobOptions
@@ -45,14 +50,17 @@ class OnlineOptions(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int | None = None
     length_divisor: int | None = None
     num_rescored: int = NUM_RESCORED
+    http: bool = False
 
 
 class Arrivals:
-    """When tokens came, in seconds: `firsts` since submission, `gaps` since the stream's piece before."""
+    """When tokens came, in seconds: `firsts` since submission, `gaps` since the stream's piece before; and the
+    `longest` of these of each stream."""
 
     def __init__(self) -> None:
         self.firsts = array.array("d")
         self.gaps = array.array("d")
+        self.longest = array.array("d")
         self.num_later_tokens = 0
         self.kept: dict[int, ScoredSequence] = {}
 
@@ -61,6 +69,7 @@ class Arrivals:
         found: dict[str, Any] = {
             "first_token_ms": _percentiles(self.firsts),
             "between_tokens_ms": _percentiles(self.gaps),
+            "longest_ms": _percentiles(self.longest),
         }
         if self.gaps:
             found["tokens_per_piece"] = round(self.num_later_tokens / len(self.gaps), 3)
@@ -77,29 +86,56 @@ def run(options: OnlineOptions, on_progress: Callable[[str], None]) -> dict[str,
         is_cpu = prepared.is_cpu
         workload = make_closed_loop(
             options.num_requests or (CPU_REQUESTS if is_cpu else CLOSED_LOOP_REQUESTS),
-            length_divisor=options.length_divisor or (CPU_SCALE.length_divisor if is_cpu else 1),
+            length_divisor=_length_divisor(options, is_cpu=is_cpu),
             vocab_size=prepared.resolved.model.vocab_size,
         )
         concurrency = options.concurrency or (CPU_CONCURRENCY if is_cpu else GPU_CONCURRENCY)
         settings = prepared.with_defaults(max_running_requests=concurrency, context_length=workload.max_length)
-        on_progress("starting the engine")
-        engine = AsyncEngine(prepared.folder, progress=False, **settings)
-        try:
-            on_progress(f"{len(workload.prompts)} requests, {concurrency} in flight")
-            work = _measure(engine, workload, options, concurrency)
-            seconds, arrivals, metrics = asyncio.run_coroutine_threadsafe(work, engine.loop).result()
-        finally:
-            engine.close()
+        on_progress(f"{len(workload.prompts)} requests, {concurrency} in flight")
+        if options.http:
+            seconds, arrivals, metrics = _measure_http(prepared, settings, workload, options, concurrency)
+        else:
+            with contextlib.closing(AsyncEngine(prepared.folder, progress=False, **settings)) as engine:
+                work = _measure(engine, workload, options, concurrency)
+                seconds, arrivals, metrics = asyncio.run_coroutine_threadsafe(work, engine.loop).result()
         return {
             "bench": "online",
             **workload_report(workload, options.style, options.setup, prepared),
             "concurrency": concurrency,
+            **({"http": True} if options.http else {}),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(workload.num_output_tokens / seconds, 1),
             **arrivals.report(),
             **metrics,
             **rescore(prepared.resolved, list(arrivals.kept.values()), on_progress),
         }
+
+
+def _measure_http(
+    prepared: Prepared, settings: dict[str, Any], workload: Workload, options: OnlineOptions, concurrency: int
+) -> tuple[float, Arrivals, dict[str, float]]:
+    """The same by a server and its client. Nothing is kept to be re-scored."""
+    load = StreamLoad(
+        port=0,
+        num_requests=len(workload.prompts),
+        length_divisor=_length_divisor(options, is_cpu=prepared.is_cpu),
+        vocab_size=prepared.resolved.model.vocab_size,
+        style=options.style,
+        concurrency=concurrency,
+    )
+    with contextlib.closing(ServerProcess(prepared.folder, settings, ("--log-level", "warning"))) as server:
+        url = server.wait_started(prepared.resolved.engine.start_timeout + START_SECONDS)
+        line = run_client("http_streams", msgspec.structs.replace(load, port=int(url.rpartition(":")[2])))
+    times, arrivals = msgspec.json.decode(line, type=StreamTimes), Arrivals()
+    arrivals.firsts.extend(times.firsts)
+    arrivals.gaps.extend(times.gaps)
+    arrivals.longest.extend(times.longest)
+    arrivals.num_later_tokens = times.num_later_tokens
+    return times.seconds, arrivals, {}
+
+
+def _length_divisor(options: OnlineOptions, *, is_cpu: bool) -> int:
+    return options.length_divisor or (CPU_SCALE.length_divisor if is_cpu else 1)
 
 
 async def _measure(
@@ -158,21 +194,24 @@ async def _stream(
     )
     token_ids: list[int] = []
     logprobs: list[float] = []
-    submitted, last = time.perf_counter(), 0.0
+    submitted, last, longest = time.perf_counter(), 0.0, 0.0
     async for piece in engine.submit(item):
         now = time.perf_counter()
         if not piece.token_ids:
             continue
         if not token_ids:
             arrivals.firsts.append(now - submitted)
+            longest = now - submitted
         else:
             arrivals.gaps.append(now - last)
+            longest = max(longest, now - last)
             arrivals.num_later_tokens += len(piece.token_ids)
         last = now
         token_ids += piece.token_ids
         logprobs += piece.logprobs
     if not len(token_ids) == len(logprobs) == num_tokens:
         raise InternalError("a stream did not bring the tokens that were asked for; the figure would be wrong")
+    arrivals.longest.append(longest)
     return ScoredSequence(prompt, token_ids, logprobs, mode)
 
 

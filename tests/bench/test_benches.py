@@ -91,12 +91,15 @@ def test_truncated_probabilities_are_not_rescored(capsys: pytest.CaptureFixture[
     assert "--rescored 0" in capsys.readouterr().err
 
 
-def test_online(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "online", "--shape", "tiny", "--load-format", "dummy", "--threads", "1", "--json"]
+@pytest.mark.parametrize("more", [[], ["--http"]])
+def test_online(capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    words = ["bench", "online", "--shape", "tiny", "--load-format", "dummy", "--threads", "1", "--json", *more]
     assert main([*words, "--num-requests", "9", "--concurrency", "3", "--length-divisor", "32"]) == 0
     result = _last_line(capsys)
-    assert (result["num_requests"], result["concurrency"], result["rescored"]) == (9, 3, 9)
-    between = result["between_tokens_ms"]
+    assert (result["num_requests"], result["concurrency"]) == (9, 3)
+    assert result["rescored"] == (0 if more else 9)
+    longest, between = result["longest_ms"], result["between_tokens_ms"]
+    assert isinstance(longest, dict) and longest["max"] >= result["first_token_ms"]["max"]  # type: ignore[index]
     assert isinstance(between, dict) and 0 < between["p50"] <= between["p99"] <= between["max"]
     assert isinstance(result["tokens_per_piece"], float) and result["tokens_per_piece"] >= 1
 
