@@ -55,8 +55,41 @@ def _widened(q):
 
 
 @triton.jit
+def _page_numbers(table, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Pages of a block of positions. Beyond the end page 0, which is finite: pages hold whatever was there before."""
+    position = start + tl.arange(0, BLOCK_N)
+    column = table + position // PAGE
+    return tl.load(column, mask=position < end, other=0) if MASKED else tl.load(column)
+
+
+@triton.constexpr_function
+def _fetch_of(size):
+    """Assembly that asks for `size` bytes at $1 if $2."""
+    fetch = f"cp.async.bulk.prefetch.L2.global [$1], {size};"
+    return f"{{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted {fetch} mov.u32 $0, 0; }}"
+
+
+@triton.jit
+def _ask_for_pages(pool, first, end, PAGE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """Have the first COUNT pages of a range (SIZE elements each) brought to the cache; nothing waits for them. What the
+    launch ahead still writes there is written in the cache."""
+    k_ptr, v_ptr, table, page_stride, head_offset = pool
+    place = tl.arange(0, tl.extra.cuda.num_threads())
+    column = first // PAGE + place
+    wanted = (place < COUNT) & (column * PAGE < end)
+    page = tl.load(table + column, mask=wanted, other=0)
+    offset = page.to(tl.int64) * page_stride + head_offset
+    ASSEMBLY: tl.constexpr = _fetch_of(SIZE * k_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    for pages in tl.static_range(2):
+        address = ((v_ptr if pages else k_ptr) + offset).to(tl.int64)
+        tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def _attend_block(
-    queries, pool, start, end, m, mass, acc, acc_odd, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    queries, pool, page, start, end, m, mass, acc, acc_odd, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One block of positions into the running maximum, sum and weighted values (of even and odd dimensions if PACKED).
@@ -67,9 +100,6 @@ def _attend_block(
     k_ptr, v_ptr, table, page_stride, head_offset = pool
     position = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, WIDTH_BLOCK)
-    # Beyond the end page 0 is read, which is finite: pages hold whatever was there before.
-    column = table + position // PAGE
-    page = tl.load(column, mask=position < end, other=0) if MASKED else tl.load(column)
     offset = page.to(tl.int64) * page_stride + head_offset + (position % PAGE) * WIDTH
     if WIDTH == WIDTH_BLOCK:
         k = tl.load(k_ptr + offset[None, :] + dims[:, None])
@@ -103,6 +133,7 @@ def _attend_block(
 def _attend_range(
     queries, pool, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Positions first..end - 1: greatest score, mass and weighted values. PEEL: nothing before `unmasked_end`, whole
     blocks from the first, has to be masked."""
@@ -112,16 +143,25 @@ def _attend_range(
     acc_odd = acc
     if PEEL:
         for start in range(first, unmasked_end, BLOCK_N):
+            page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, False)
             m, mass, acc, acc_odd = _attend_block(
-                queries, pool, start, end, m, mass, acc, acc_odd,
+                queries, pool, page, start, end, m, mass, acc, acc_odd,
                 WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
             )  # fmt: skip
         first = tl.maximum(first, unmasked_end)
+    if AHEAD:
+        page = _page_numbers(pool[2], first, end, PAGE, BLOCK_N, True)
     for start in range(first, end, BLOCK_N):
+        if AHEAD:
+            next_page = _page_numbers(pool[2], start + BLOCK_N, end, PAGE, BLOCK_N, True)
+        else:
+            page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
         m, mass, acc, acc_odd = _attend_block(
-            queries, pool, start, end, m, mass, acc, acc_odd,
+            queries, pool, page, start, end, m, mass, acc, acc_odd,
             WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
         )  # fmt: skip
+        if AHEAD:
+            page = next_page
     return m, mass, acc, acc_odd
 
 
@@ -137,6 +177,7 @@ def _log_sum(m, mass):
 def _attend_in_parts(
     queries, pool, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """As `_attend_range`, in parts of SPLIT positions, merged as parts of different items are."""
     m = tl.full([BLOCK_M], -1e20, tl.float32)
@@ -146,7 +187,8 @@ def _attend_in_parts(
     for start in range(first, end, SPLIT):
         part_end = tl.minimum(start + SPLIT, end)
         part_m, part_mass, part_acc, part_odd = _attend_range(
-            queries, pool, start, start, part_end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED
+            queries, pool, start, start, part_end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
+            AHEAD,
         )  # fmt: skip
         divisor, lse = _log_sum(part_m, part_mass)
         m, mass, old_factor, factor = _merge_part(m, mass, lse)
@@ -171,7 +213,7 @@ def attention_items_kernel(
     q_stride, out_stride, table_stride, page_stride, partials_at, items_at,
     NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, TILE_CLASS: tl.constexpr, PEEL: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """One (kv head, item): the queries of its tokens and of the GQA heads that share a kv head, over its positions.
 
@@ -198,26 +240,29 @@ def attention_items_kernel(
     q_head = head * GQA + rows % GQA
     q_mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
     q_offset = token.to(tl.int64) * q_stride + q_head * HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM
+    WIDTH_BLOCK: tl.constexpr = DIM_BLOCK // 2 if PACKED else DIM_BLOCK
+    pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
     if PDL:  # the plan is older than the step; queries, keys and values come from the launch ahead
+        if ASK > 0:
+            _ask_for_pages(pool, first, end, PAGE, PAGE * WIDTH, ASK)
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
     q_odd = q
-    WIDTH: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM
-    WIDTH_BLOCK: tl.constexpr = DIM_BLOCK // 2 if PACKED else DIM_BLOCK
     if PACKED:
         q, q_odd = tl.split(tl.reshape(_widened(q), [BLOCK_M, WIDTH_BLOCK, 2]))
     queries = (q, q_odd, position, scale_log2)
-    pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
 
     if SPLIT == 0:
         unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
         m, mass, acc, acc_odd = _attend_range(
-            queries, pool, first, unmasked_end, end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED
+            queries, pool, first, unmasked_end, end,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD,
         )  # fmt: skip
     else:
         m, mass, acc, acc_odd = _attend_in_parts(
-            queries, pool, first, end, SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED
+            queries, pool, first, end, SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED, AHEAD
         )
     if PACKED:
         acc = tl.interleave(acc, acc_odd)
@@ -238,7 +283,7 @@ def attention_items_kernel(
 def merge_parts_kernel(
     partial_ptr, lse_ptr, metadata_ptr, out_ptr, out_stride, partials_at, parts_at,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One (token, HEADS heads): the output from the parts of a context that was cut.
 
@@ -260,7 +305,7 @@ def merge_parts_kernel(
     total_mass = tl.zeros([HEADS], tl.float32)
     total_acc = tl.zeros([HEADS, DIM_BLOCK], tl.float32)
     if IN_ORDER:
-        for part in range(num_parts):
+        for part in tl.range(num_parts, num_stages=STAGES):
             row = (first + part) * NUM_HEADS + heads
             lse = tl.load(lse_ptr + row, mask=heads < NUM_HEADS, other=0.0)
             acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
@@ -293,6 +338,8 @@ class AttentionTile:
     block_n: int
     num_warps: int
     num_stages: int
+    ahead: bool = True
+    ask: int = 0
 
 
 @dataclass(frozen=True)
@@ -354,6 +401,7 @@ class PagedAttention:
         pdl: bool = False,
     ) -> None:
         self._pdl = pdl
+        self.merge_parts, self.merge_stages, self.merge_warps = 16, 1, 4
         self._options = launch_options(pdl)
         self.group_size = shape.num_heads // shape.num_kv_heads
         self.limits = limits
@@ -421,8 +469,8 @@ class PagedAttention:
         merge_parts_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
             self._partial, self._lse, metadata, out, out.stride(0), self.limits.partials_at, self.limits.parts_at,
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim),
-            HEADS=heads, PARTS=16, IN_ORDER=self._split > 0 or heads > 1, PDL=self._pdl,
-            num_warps=4, **self._options,
+            HEADS=heads, PARTS=self.merge_parts, IN_ORDER=self._split > 0 or heads > 1, PDL=self._pdl,
+            STAGES=self.merge_stages, num_warps=self.merge_warps, **self._options,
         )  # fmt: skip
 
     def _launch(
@@ -439,5 +487,5 @@ class PagedAttention:
             DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(shape.head_dim)), PAGE=self._page_size,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, TILE_CLASS=tile_class,
             PEEL=tile_class == PREFILL and self._split == 0, PRECISION=self._precision, PACKED=packed, PDL=self._pdl,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
+            AHEAD=tile.ahead, ASK=tile.ask, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip
