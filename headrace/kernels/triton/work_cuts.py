@@ -141,13 +141,17 @@ class CutRules:
         busy = max(1, _RESIDENT_PROGRAMS // self._num_kv_heads)
         if self._fixed_split is not None:  # a context is cut at every multiple or not at all
             wanted = max(3 * busy, num_rows * (4 if is_decode else 2))
-        elif 4 * num_rows * self._num_kv_heads <= FEW_PROGRAMS:
+        elif self._are_few(num_rows):
             wanted = FEW_PROGRAMS // self._num_kv_heads
         else:
             wanted = busy + num_rows * 3 // 2 if is_decode else max(busy, num_rows)
         if self._max_positions is None:
             return wanted
         return min(wanted, num_rows * (ceil_divide(self._max_positions, self._fixed_split or _MIN_SPLIT) + 1))
+
+    def _are_few(self, num_rows: int) -> bool:
+        """Whether so many rows share the programs of a launch of few."""
+        return 4 * num_rows * self._num_kv_heads <= FEW_PROGRAMS
 
     def _prefill_bound(self, num_rows: int, num_tokens: int) -> int:
         """Tiles of the most rows there is room for, and the parts that `_prefill_splits` makes of few of them."""
@@ -176,6 +180,8 @@ class CutRules:
         if tiles.num_shared:
             num_own -= int(tiles.own[: tiles.num_shared].sum())
         split = self._first_split(num_own, bounds.decode)
+        if tiles.is_prefill is None and self._are_few(len(tiles.ends)):
+            split = _least_split(tiles.own, split, bounds.decode)
         prefill_splits = None if tiles.is_prefill is None else self._prefill_splits(tiles.own, tiles.is_prefill)
         while True:
             cut = self._cut(tiles, split, prefill_splits)
@@ -265,6 +271,21 @@ class CutRules:
 def _parts_of(own: Int64Array, num_parts: int) -> Int64Array:
     """Sizes of about so many parts of each tile, which begin at whole pages of any size."""
     return np.maximum(ceil_divide(ceil_divide(own, num_parts), _MIN_SPLIT) * _MIN_SPLIT, _MIN_PREFILL_SPLIT)
+
+
+def _least_split(own: Int64Array, least: int, max_parts: int) -> int:
+    """The least split from `least` on that makes no more than so many parts, or one that leaves all whole: of few long
+    parts that run at once the longest decides."""
+    if int(ceil_divide(own, least).sum()) <= max_parts:
+        return least
+    low, high = least // _MIN_SPLIT, max(least, int(own.max())) // _MIN_SPLIT + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if int(ceil_divide(own, middle * _MIN_SPLIT).sum()) <= max_parts:
+            high = middle
+        else:
+            low = middle
+    return high * _MIN_SPLIT
 
 
 def _longer(split: int, least: int) -> int:
