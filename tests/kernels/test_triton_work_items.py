@@ -285,6 +285,21 @@ def test_full_parts_of_a_decode_step_run_at_once() -> None:
         assert num_cut > 10
 
 
+@pytest.mark.parametrize(
+    ("kv", "contexts"), [(8, [60000] * 8), (8, [60000] * 3), (8, [60000, 41000, 8000, 300]), (2, [60000]), (1, [30000])]
+)
+def test_few_rows_are_cut_as_evenly_as_their_launch_holds(kv: int, contexts: list[int]) -> None:
+    """Their programs all run at once, so the longest decides: no split of whole blocks makes it shorter."""
+    planner = AttentionPlanner(LIMITS, TileSizes(8, 64), PAGE, kv)
+    buffer, rows = np.zeros(LIMITS.size, np.int32), np.arange(len(contexts))
+    bounds = planner.bounds(len(rows), len(rows), is_decode=True)
+    none = np.zeros((0, 3), np.int32)
+    summary = planner.fill(buffer, rows, np.array(contexts) - 1, np.ones_like(rows), none, bounds)
+    shorter = summary.split - 64
+    fits = sum(-(-context // shorter) for context in contexts) <= bounds.decode
+    assert summary.num_decode <= bounds.decode and (shorter * bounds.decode <= sum(contexts) or not fits)
+
+
 def walks_of(items: np.ndarray, kv: int, walkers: int) -> np.ndarray:
     """Positions that each walker sees, which go there and back over (item, KV head)."""
     sizes = (items[:, 4] - items[:, 3]).repeat(kv)

@@ -25,177 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
+from headrace.kernels.triton.attended_ranges import (
+    ask_for_pages,
+    attend_in_parts,
+    attend_range,
+    log_sum,
+    merge_part,
+    widened,
+)
 from headrace.kernels.triton.dependent_launch import launch_options
-from headrace.kernels.triton.float8 import as_pairs, even_halves, odd_halves
+from headrace.kernels.triton.float8 import as_pairs
 from headrace.kernels.triton.hopper_prefill import HopperPrefill, HopperTile, choose_hopper_tile
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
 from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, LaunchBounds, WorkLimits
 
 _LOG2_E = 1.4426950408889634
 _ITEM_SIZE = tl.constexpr(ITEM_SIZE)
-
-
-@triton.jit
-def _merge_part(total_m, total_mass, lse):
-    """The new running maximum and sum, and the factors of what was summed so far and of the part that comes in."""
-    new_m = tl.maximum(total_m, lse)
-    old_factor = tl.exp2(total_m - new_m)
-    factor = tl.exp2(lse - new_m)
-    return new_m, tl.fma(total_mass, old_factor, factor), old_factor, factor
-
-
-@triton.jit
-def _widened(q):
-    """Queries beside float8 keys: float16 holds those exactly, costs one instruction per pair, and rounds less than
-    bfloat16; queries that it does not hold would not be queries."""
-    if q.dtype == tl.bfloat16:
-        return tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
-    else:
-        return q
-
-
-@triton.jit
-def _page_numbers(table, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Pages of a block of positions. Beyond the end page 0, which is finite: pages hold whatever was there before."""
-    position = start + tl.arange(0, BLOCK_N)
-    column = table + position // PAGE
-    return tl.load(column, mask=position < end, other=0) if MASKED else tl.load(column)
-
-
-@triton.constexpr_function
-def _fetch_of(size):
-    """Assembly that asks for `size` bytes at $1 if $2."""
-    fetch = f"cp.async.bulk.prefetch.L2.global [$1], {size};"
-    return f"{{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted {fetch} mov.u32 $0, 0; }}"
-
-
-@triton.jit
-def _ask_for_pages(pool, first, end, PAGE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Have the first COUNT pages of a range (SIZE elements each) brought to the cache; nothing waits for them. What the
-    launch ahead still writes there is written in the cache."""
-    k_ptr, v_ptr, table, page_stride, head_offset = pool
-    place = tl.arange(0, tl.extra.cuda.num_threads())
-    column = first // PAGE + place
-    wanted = (place < COUNT) & (column * PAGE < end)
-    page = tl.load(table + column, mask=wanted, other=0)
-    offset = page.to(tl.int64) * page_stride + head_offset
-    ASSEMBLY: tl.constexpr = _fetch_of(SIZE * k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    for pages in tl.static_range(2):
-        address = ((v_ptr if pages else k_ptr) + offset).to(tl.int64)
-        tl.inline_asm_elementwise(
-            ASSEMBLY, "=r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _attend_block(
-    queries, pool, page, start, end, m, mass, acc, acc_odd, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """One block of positions into the running maximum, sum and weighted values (of even and odd dimensions if PACKED).
-
-    WIDTH is that of a pool's row in its elements.
-    """
-    q, q_odd, q_position, scale_log2 = queries
-    k_ptr, v_ptr, table, page_stride, head_offset = pool
-    position = start + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, WIDTH_BLOCK)
-    offset = page.to(tl.int64) * page_stride + head_offset + (position % PAGE) * WIDTH
-    if WIDTH == WIDTH_BLOCK:
-        k = tl.load(k_ptr + offset[None, :] + dims[:, None])
-    else:
-        k = tl.load(k_ptr + offset[None, :] + dims[:, None], mask=(dims < WIDTH)[:, None], other=0)
-    if PACKED:
-        scores = tl.dot(q, even_halves(k).to(q.dtype), input_precision=PRECISION)
-        scores = tl.dot(q_odd, odd_halves(k).to(q.dtype), acc=scores, input_precision=PRECISION) * scale_log2
-    else:
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-    if MASKED:
-        scores = tl.where((position[None, :] <= q_position[:, None]) & (position < end)[None, :], scores, -1e30)
-    new_m = tl.maximum(m, tl.max(scores, 1))  # m is never below -1e20, so a masked score has weight 0 exactly
-    weights = tl.exp2(scores - new_m[:, None])
-    factor = tl.exp2(m - new_m)
-    if WIDTH == WIDTH_BLOCK:
-        v = tl.load(v_ptr + offset[:, None] + dims[None, :])
-    else:
-        v = tl.load(v_ptr + offset[:, None] + dims[None, :], mask=(dims < WIDTH)[None, :], other=0)
-    mass = mass * factor + tl.sum(weights, 1)
-    if PACKED:
-        weights = weights.to(q.dtype)
-        acc = tl.dot(weights, even_halves(v).to(q.dtype), acc=acc * factor[:, None], input_precision=PRECISION)
-        acc_odd = tl.dot(weights, odd_halves(v).to(q.dtype), acc=acc_odd * factor[:, None], input_precision=PRECISION)
-    else:
-        acc = tl.dot(weights.to(v.dtype), v, acc=acc * factor[:, None], input_precision=PRECISION)
-    return new_m, mass, acc, acc_odd
-
-
-@triton.jit
-def _attend_range(
-    queries, pool, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Positions first..end - 1: greatest score, mass and weighted values. PEEL: nothing before `unmasked_end`, whole
-    blocks from the first, has to be masked."""
-    m = tl.full([BLOCK_M], -1e20, tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
-    acc_odd = acc
-    if PEEL:
-        for start in range(first, unmasked_end, BLOCK_N):
-            page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, False)
-            m, mass, acc, acc_odd = _attend_block(
-                queries, pool, page, start, end, m, mass, acc, acc_odd,
-                WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
-            )  # fmt: skip
-        first = tl.maximum(first, unmasked_end)
-    if AHEAD:
-        page = _page_numbers(pool[2], first, end, PAGE, BLOCK_N, True)
-    for start in range(first, end, BLOCK_N):
-        if AHEAD:
-            next_page = _page_numbers(pool[2], start + BLOCK_N, end, PAGE, BLOCK_N, True)
-        else:
-            page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
-        m, mass, acc, acc_odd = _attend_block(
-            queries, pool, page, start, end, m, mass, acc, acc_odd,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
-        )  # fmt: skip
-        if AHEAD:
-            page = next_page
-    return m, mass, acc, acc_odd
-
-
-@triton.jit
-def _log_sum(m, mass):
-    """What to divide the weighted values by, and the log-sum-exp; of nothing 1 and -1e30."""
-    is_seen = mass > 0
-    divisor = tl.where(is_seen, mass, 1.0)
-    return divisor, tl.where(is_seen, m + tl.log2(divisor), -1e30)
-
-
-@triton.jit
-def _attend_in_parts(
-    queries, pool, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """As `_attend_range`, in parts of SPLIT positions, merged as parts of different items are."""
-    m = tl.full([BLOCK_M], -1e20, tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
-    acc_odd = acc
-    for start in range(first, end, SPLIT):
-        part_end = tl.minimum(start + SPLIT, end)
-        part_m, part_mass, part_acc, part_odd = _attend_range(
-            queries, pool, start, start, part_end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
-            AHEAD,
-        )  # fmt: skip
-        divisor, lse = _log_sum(part_m, part_mass)
-        m, mass, old_factor, factor = _merge_part(m, mass, lse)
-        acc = tl.fma(acc, old_factor[:, None], (part_acc / divisor[:, None]) * factor[:, None])
-        if PACKED:
-            acc_odd = tl.fma(acc_odd, old_factor[:, None], (part_odd / divisor[:, None]) * factor[:, None])
-    return m, mass, acc, acc_odd
 
 
 @triton.jit
@@ -245,23 +90,23 @@ def attention_items_kernel(
     pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
     if PDL:  # the plan is older than the step; queries, keys and values come from the launch ahead
         if ASK > 0:
-            _ask_for_pages(pool, first, end, PAGE, PAGE * WIDTH, ASK)
+            ask_for_pages(pool, first, end, PAGE, PAGE * WIDTH, ASK)
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
     q_odd = q
     if PACKED:
-        q, q_odd = tl.split(tl.reshape(_widened(q), [BLOCK_M, WIDTH_BLOCK, 2]))
+        q, q_odd = tl.split(tl.reshape(widened(q), [BLOCK_M, WIDTH_BLOCK, 2]))
     queries = (q, q_odd, position, scale_log2)
 
     if SPLIT == 0:
         unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
-        m, mass, acc, acc_odd = _attend_range(
+        m, mass, acc, acc_odd = attend_range(
             queries, pool, first, unmasked_end, end,
             WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD,
         )  # fmt: skip
     else:
-        m, mass, acc, acc_odd = _attend_in_parts(
+        m, mass, acc, acc_odd = attend_in_parts(
             queries, pool, first, end, SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED, AHEAD
         )
     if PACKED:
@@ -273,7 +118,7 @@ def attention_items_kernel(
         tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
         partial = tl.load(metadata_ptr + partials_at + token, mask=valid, other=0) + part
-        divisor, lse = _log_sum(m, mass)
+        divisor, lse = log_sum(m, mass)
         row = partial.to(tl.int64) * (NUM_KV * GQA) + q_head
         tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=q_mask)
         tl.store(lse_ptr + row, lse, mask=valid)
@@ -309,7 +154,7 @@ def merge_parts_kernel(
             row = (first + part) * NUM_HEADS + heads
             lse = tl.load(lse_ptr + row, mask=heads < NUM_HEADS, other=0.0)
             acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-            total_m, total_mass, old_factor, factor = _merge_part(total_m, total_mass, lse)
+            total_m, total_mass, old_factor, factor = merge_part(total_m, total_mass, lse)
             total_acc = tl.fma(total_acc, old_factor[:, None], acc * factor[:, None])
     else:
         parts = tl.arange(0, PARTS)
