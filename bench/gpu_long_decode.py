@@ -2,8 +2,8 @@
 
     python bench/gpu_long_decode.py [--seconds 85] [--only PART,...]
 
-Parts: long (one row of 60,000 positions, Llama-3.1-8B's heads), merge, layer (the same among a layer's other launches,
-in turns with that layer without attention), shapes, short (decode rows of workloads A and B, and few of them).
+Parts: long (one row of 60,000 positions, Llama-3.1-8B's heads, alone and among a layer's other launches), rows (decode
+rows of workload A, many long ones, batch-invariant ones), shapes (few long rows).
 Prints one JSON object: of each row its microseconds, the GB/s of the keys and values read, and the error
 against softmax over gathered rows. Keys and values rotate among copies that exceed the cache many times; times are
 medians of graph replays. What does not begin within --seconds is named under "left_out".
@@ -147,56 +147,44 @@ def stream() -> dict[str, object]:
 
 def long(report: Report) -> None:
     report.add("torch reads 1.2 GB", stream)
-    case = decode_case(1, 60000)
+    case, small = decode_case(1, 60000), Paged(np.full(1, 384), 32, 8, copies=6)
+    medium = Paged(np.full(8, 900), 16, 8, copies=32)
+    layers = {"layer of 60000": Layer(case), "layer of 384": Layer(small)}
+    for name, layer in layers.items():
+        report.add(f"{name}: without attention", lambda la=layer: la.measure(None))
     for name, tile, items in long_variants():
-        decode = Decode(case, tile, items)
-        report.add(f"1 x 60000: {name}", decode.measure)
-        if name.endswith("*"):
-            report.add(
-                f"1 x 60000: {name}, no merge",
-                lambda d=decode: {"us": round(timed(d.without_merge, repeats=2 * case.copies), 2)},
-            )
+        report.add(f"1 x 60000: {name}", lambda t=tile, n=items: Decode(case, t, n).measure())
+        for label, layer in layers.items():
+            report.add(f"{label}: {name}", lambda la=layer, t=tile, n=items: la.measure(Decode(la.case, t, n)))
+        report.add(f"8 x 900, 16q/8kv: {name}", lambda t=tile, n=items: Decode(medium, t, n).measure())
 
 
 def long_variants() -> Iterator[tuple[str, AttentionTile, int | None]]:
     """(name, tile, items)."""
-    yield "main*", AttentionTile(16, 64, 4, 2, ahead=False), None
-    yield "64 x 4 warps x 4*", AttentionTile(16, 64, 4, 4), None
-    yield "64 x 4 warps x 4, ask 8*", AttentionTile(16, 64, 4, 4, ask=8), None
-    yield "64 x 4 warps x 4, ask 16", AttentionTile(16, 64, 4, 4, ask=16), None
-    yield "64 x 4 warps x 4, ask 32", AttentionTile(16, 64, 4, 4, ask=32), None
-    yield "64 x 4 warps x 3", AttentionTile(16, 64, 4, 3), None
-    yield "64 x 4 warps x 3, 49 items", AttentionTile(16, 64, 4, 3), 49
-    yield "32 x 4 warps x 6", AttentionTile(16, 32, 4, 6), None
-    yield "64 x 2 warps x 4", AttentionTile(16, 64, 2, 4), None
-    yield "32 x 1 warp x 4, 66 items", AttentionTile(16, 32, 1, 4), 66
-    yield "32 x 1 warp x 7, 33 items", AttentionTile(16, 32, 1, 7), 33
-    yield "32 x 1 warp x 3, 99 items", AttentionTile(16, 32, 1, 3), 99
-    yield "main's 32 x 1 warp x 4, 132 items", AttentionTile(16, 32, 1, 4, ahead=False), 132
-    yield "32 x 2 warps x 4, 66 items", AttentionTile(16, 32, 2, 4), 66
-    yield "128 x 8 warps x 3, 16 items", AttentionTile(16, 128, 8, 3), 16
-    yield "128 x 4 warps x 3, 16 items", AttentionTile(16, 128, 4, 3), 16
-    yield "64 x 4 warps x 7, 16 items", AttentionTile(16, 64, 4, 7), 16
-
-
-def merge(report: Report) -> None:
-    case = Paged(np.full(1, 60000), 32, 8)
-    for fixed, choices in ((None, ((16, 1, 4), (64, 1, 4), (64, 1, 8))), (256, ((16, 1, 4), (16, 4, 4), (16, 8, 4)))):
-        decode = Decode(case, fixed=fixed)
-        decode.run()
-        for parts, stages, warps in choices:
-            attention = decode.attention
-            attention.merge_parts, attention.merge_stages, attention.merge_warps = parts, stages, warps
-
-            def call(d: Decode = decode) -> None:
-                d.attention._merge(1, d.metadata, d.case.out)
-
-            def measure(call: Callable[[], None] = call) -> dict[str, object]:
-                us = timed(call)
-                return {"us": round(us, 2), "error": case.error()}
-
-            name = f"merge of {decode.summary.num_decode} parts, fixed {fixed}: {parts} at once, {stages} stages"
-            report.add(f"{name}, {warps} warps", measure)
+    yield "as main", AttentionTile(16, 64, 4, 2, ahead=False), None
+    for block_n, warps, stages, ask, counts in (
+        (64, 4, 2, 0, (33, 49, 66)),
+        (64, 4, 2, 1, (33, 66)),
+        (64, 4, 2, 2, (33, 49, 66)),
+        (64, 4, 2, 3, (33,)),
+        (64, 4, 3, 0, (33, 49)),
+        (64, 4, 3, 2, (33,)),
+        (64, 4, 4, 0, (33,)),
+        (64, 4, 4, 2, (33,)),
+        (128, 4, 2, 0, (33, 49)),
+        (128, 4, 2, 1, (33, 49)),
+        (128, 8, 2, 1, (33,)),
+        (128, 4, 3, 0, (16,)),
+        (64, 2, 2, 2, (33, 66)),
+        (32, 1, 2, 0, (132,)),
+        (32, 1, 2, 2, (66, 132)),
+        (32, 1, 3, 0, (66, 99)),
+        (32, 2, 3, 0, (66,)),
+        (32, 4, 3, 0, (66,)),
+    ):
+        for items in counts:
+            name = f"{block_n} x {warps} x {stages}, ask {ask}, {items} items"
+            yield name, AttentionTile(16, block_n, warps, stages, ask=ask), items
 
 
 class Layer:
@@ -231,74 +219,54 @@ class Layer:
             decode.run(q, out)
         self.kernels.linear_add_(self.x, out.view(1, -1), self.out_weights[place], None)
 
-
-def layer(report: Report) -> None:
-    cases = {"60000": decode_case(1, 60000), "384": Paged(np.full(1, 384), 32, 8, copies=6)}
-    for context, case in cases.items():
-        layer = Layer(case)
-
-        def measure(decode: Decode | None, layer: Layer = layer) -> dict[str, object]:
-            return {"us": round(timed(lambda: layer.run(decode), repeats=2 * layer.case.copies), 2)}
-
-        report.add(f"layer of {context}: without attention", lambda m=measure: m(None))
-        for name, tile in (
-            ("main", AttentionTile(16, 64, 4, 2, ahead=False)),
-            ("64 x 4 x 4", AttentionTile(16, 64, 4, 4)),
-            ("64 x 4 x 4, ask 8", AttentionTile(16, 64, 4, 4, ask=8)),
-            ("64 x 4 x 4, ask 16", AttentionTile(16, 64, 4, 4, ask=16)),
-            ("64 x 4 x 4, ask 8, merge 64", AttentionTile(16, 64, 4, 4, ask=8)),
-        ):
-            decode = Decode(case, tile)
-            if "merge" in name:
-                decode.attention.merge_parts = 64
-            report.add(f"layer of {context}: {name}", lambda m=measure, d=decode: m(d))
+    def measure(self, decode: Decode | None) -> dict[str, object]:
+        return {"us": round(timed(lambda: self.run(decode), repeats=2 * self.case.copies), 2)}
 
 
 def shapes(report: Report) -> None:
-    main, ahead = AttentionTile(16, 64, 4, 2, ahead=False), AttentionTile(16, 64, 4, 4)
-    wide = replace(ahead, block_n=128)
-    single, single_ahead = AttentionTile(16, 32, 1, 4, ahead=False), AttentionTile(16, 32, 1, 3)
-    for name, case, tiles in (
-        ("8 x 60000", decode_case(8, 60000), (main, ahead)),
-        ("4 x 32000", decode_case(4, 32000), (main, ahead)),
-        ("1 x 8192", decode_case(1, 8192), (main, ahead)),
-        ("8 x 8192", decode_case(8, 8192), (main, ahead)),
-        ("1 x 60000 fp8", decode_case(1, 60000, pool_dtype=FLOAT8), (main, ahead, wide)),
-        ("1 x 60000, 32q/8kv of 64", decode_case(1, 60000, dim=64), (main, ahead, wide)),
-        ("1 x 60000, 8q/8kv", decode_case(1, 60000, heads=8), (main, ahead)),
-        ("1 x 60000, 16q/2kv", decode_case(1, 60000, heads=16, kv=2), (main, ahead)),
-        ("16 x 30000", decode_case(16, 30000), (single, single_ahead)),
+    main, ahead = AttentionTile(16, 64, 4, 2, ahead=False), AttentionTile(16, 64, 4, 2, ask=2)
+    deep, wide = AttentionTile(16, 64, 4, 4), AttentionTile(16, 128, 4, 2, ask=1)
+    for name, case in (
+        ("8 x 60000", decode_case(8, 60000)),
+        ("1 x 8192", decode_case(1, 8192)),
+        ("8 x 8192", decode_case(8, 8192)),
+        ("1 x 60000 fp8", decode_case(1, 60000, pool_dtype=FLOAT8)),
+        ("1 x 60000, 32q/8kv of 64", decode_case(1, 60000, dim=64)),
+        ("1 x 60000, 16q/2kv", decode_case(1, 60000, heads=16, kv=2)),
     ):
-        for tile in tiles:
+        for tile in (main, ahead, deep, wide):
             report.add(f"{name}: {_label(tile)}", lambda c=case, t=tile: Decode(c, t).measure())
-    case = decode_case(1, 60000)
-    for tile in (single, replace(single_ahead, num_stages=2), single_ahead, replace(single_ahead, num_stages=4)):
-        report.add(f"1 x 60000 invariant: {_label(tile)}", lambda c=case, t=tile: Decode(c, t, fixed=256).measure())
 
 
-def short(report: Report) -> None:
-    main, ahead = AttentionTile(16, 64, 4, 2, ahead=False), AttentionTile(16, 64, 4, 4)
-    few = (main, ahead, replace(ahead, ask=8), replace(ahead, num_stages=3))
-    for rows, context in ((1, 384), (4, 900), (8, 900)):
-        case = Paged(np.full(rows, context), 16, 8, copies=32)
-        for tile in few:
-            report.add(f"{rows} x {context}, 16q/8kv: {_label(tile)}", lambda c=case, t=tile: Decode(c, t).measure())
-    single, ahead = AttentionTile(16, 32, 1, 4, ahead=False), AttentionTile(16, 32, 1, 2)
-    tiles = (single, ahead, replace(ahead, num_stages=3), replace(ahead, num_stages=3, ask=2))
-    for name, lengths, copies in (
-        ("256 x 800", np.full(256, 800), 1),
-        ("512 x 900", np.full(512, 900), 1),
-        ("as in A after 600 steps", workload_rows(600), 3),
-        ("as in A after 850 steps", workload_rows(850), 3),
+def rows(report: Report) -> None:
+    tiles = (
+        AttentionTile(16, 32, 1, 4, ahead=False),
+        AttentionTile(16, 32, 1, 2),
+        AttentionTile(16, 32, 1, 2, ask=1),
+        AttentionTile(16, 32, 1, 2, ask=2),
+    )
+    for name, case, fixed in (
+        ("256 x 800", Paged(np.full(256, 800), 16, 8), None),
+        ("512 x 900", Paged(np.full(512, 900), 16, 8), None),
+        ("as in A after 600 steps", Paged(workload_rows(600), 16, 8, copies=3), None),
+        ("as in A after 850 steps", Paged(workload_rows(850), 16, 8, copies=3), None),
+        ("16 x 30000", decode_case(16, 30000), None),
+        ("256 x 800 invariant", Paged(np.full(256, 800), 16, 8), 256),
+        ("1 x 60000 invariant", decode_case(1, 60000), 256),
+        ("8 x 8192 invariant", decode_case(8, 8192), 256),
     ):
-        case = Paged(lengths, 16, 8, copies=copies)
         for tile in tiles:
-            report.add(f"{name}, 16q/8kv: {_label(tile)}", lambda c=case, t=tile: Decode(c, t).measure())
-        if name == "256 x 800":
-            for tile in tiles[:3]:
-                report.add(
-                    f"{name} invariant: {_label(tile)}", lambda c=case, t=tile: Decode(c, t, fixed=256).measure()
-                )
+            report.add(f"{name}: {_label(tile)}", lambda c=case, t=tile, f=fixed: Decode(c, t, fixed=f).measure())
+    for name, pool, fixed in (("fp8", FLOAT8, None), ("fp8 invariant", FLOAT8, 256), ("invariant", BF16, 256)):
+        prompts = Paged(np.full(16, 1024), 32, 8, num_q=1024, pool_dtype=pool)
+        report.add(f"prefill 16 x 1024 {name}", lambda c=prompts, f=fixed: prefill(c, f))
+
+
+def prefill(case: Paged, fixed: int | None) -> dict[str, object]:
+    if COMPILING is not None:
+        return {}
+    us, error, _ = case.measure(fixed=fixed)
+    return {"us": round(us, 1), "error": error}
 
 
 def _label(tile: AttentionTile) -> str:
@@ -306,7 +274,7 @@ def _label(tile: AttentionTile) -> str:
     return f"{'' if tile.ahead else 'main '}{tile.block_n} x {tile.num_warps} x {tile.num_stages}{asked}"
 
 
-PARTS = {"long": long, "merge": merge, "layer": layer, "short": short, "shapes": shapes}
+PARTS = {"long": long, "rows": rows, "shapes": shapes}
 
 
 def compile_all() -> None:

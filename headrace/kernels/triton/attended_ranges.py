@@ -38,34 +38,48 @@ def widened(q):
 @triton.jit
 def _page_numbers(table, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """Pages of a block of positions. Beyond the end page 0, which is finite: pages hold whatever was there before."""
-    position = start + tl.arange(0, BLOCK_N)
-    column = table + position // PAGE
-    return tl.load(column, mask=position < end, other=0) if MASKED else tl.load(column)
+    places = tl.arange(0, BLOCK_N)
+    column = table + start // PAGE + places // PAGE if BLOCK_N % PAGE == 0 else table + (start + places) // PAGE
+    return tl.load(column, mask=start + places < end, other=0) if MASKED else tl.load(column)
+
+
+@triton.jit
+def _load_rows(pointers, mask, IS_WHOLE: tl.constexpr):
+    return tl.load(pointers) if IS_WHOLE else tl.load(pointers, mask=mask, other=0)
 
 
 @triton.constexpr_function
 def _fetch_of(size):
-    """Assembly that asks for `size` bytes at $1 if $2."""
+    """Assembly that asks for `size` bytes at $1 if $2 is a page's number."""
     fetch = f"cp.async.bulk.prefetch.L2.global [$1], {size};"
-    return f"{{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; @wanted {fetch} mov.u32 $0, 0; }}"
+    return f"{{ .reg .pred wanted; setp.ge.s32 wanted, $2, 0; @wanted {fetch} mov.u32 $0, 0; }}"
 
 
 @triton.jit
-def ask_for_pages(pool, first, end, PAGE: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Have the first COUNT pages of a range (SIZE elements each) brought to the cache; nothing waits for them. What the
-    launch ahead still writes there is written in the cache."""
-    k_ptr, v_ptr, table, page_stride, head_offset = pool
+def _pages_to_ask_for(table, start, end, PAGE: tl.constexpr, BLOCKS_N: tl.constexpr):
+    """A thread's page among those of BLOCKS_N positions; -1 where there is none."""
     place = tl.arange(0, tl.extra.cuda.num_threads())
-    column = first // PAGE + place
-    wanted = (place < COUNT) & (column * PAGE < end)
-    page = tl.load(table + column, mask=wanted, other=0)
+    column = start // PAGE + place
+    wanted = (place * PAGE < BLOCKS_N) & (column * PAGE < end)
+    return tl.load(table + column, mask=wanted, other=-1)
+
+
+@triton.jit
+def _ask_for_pages(pool, page, SIZE: tl.constexpr):
+    """Have a head's keys and values of pages (SIZE elements each) brought to the cache; nothing waits for them."""
+    k_ptr, v_ptr, table, page_stride, head_offset = pool
     offset = page.to(tl.int64) * page_stride + head_offset
     ASSEMBLY: tl.constexpr = _fetch_of(SIZE * k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    for pages in tl.static_range(2):
-        address = ((v_ptr if pages else k_ptr) + offset).to(tl.int64)
-        tl.inline_asm_elementwise(
-            ASSEMBLY, "=r,l,r", [address, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-        )
+    for values in tl.static_range(2):
+        address = ((v_ptr if values else k_ptr) + offset).to(tl.int64)
+        tl.inline_asm_elementwise(ASSEMBLY, "=r,l,r", [address, page], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def ask_for_positions(pool, first, end, PAGE: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Have the first COUNT of a range's positions brought to the cache. What the launch ahead still writes there is
+    written in the cache."""
+    _ask_for_pages(pool, _pages_to_ask_for(pool[2], first, end, PAGE, COUNT), PAGE * WIDTH)
 
 
 @triton.jit
@@ -81,11 +95,12 @@ def _attend_block(
     k_ptr, v_ptr, table, page_stride, head_offset = pool
     position = start + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, WIDTH_BLOCK)
-    offset = page.to(tl.int64) * page_stride + head_offset + (position % PAGE) * WIDTH
-    if WIDTH == WIDTH_BLOCK:
-        k = tl.load(k_ptr + offset[None, :] + dims[:, None])
+    place = (tl.arange(0, BLOCK_N) if BLOCK_N % PAGE == 0 else position) % PAGE
+    offset = page.to(tl.int64) * page_stride + (head_offset + place * WIDTH)
+    if PACKED:
+        k = _load_rows(k_ptr + offset[None, :] + dims[:, None], (dims < WIDTH)[:, None], WIDTH == WIDTH_BLOCK)
     else:
-        k = tl.load(k_ptr + offset[None, :] + dims[:, None], mask=(dims < WIDTH)[:, None], other=0)
+        k = tl.trans(_load_rows(k_ptr + offset[:, None] + dims[None, :], (dims < WIDTH)[None, :], WIDTH == WIDTH_BLOCK))
     if PACKED:
         scores = tl.dot(q, even_halves(k).to(q.dtype), input_precision=PRECISION)
         scores = tl.dot(q_odd, odd_halves(k).to(q.dtype), acc=scores, input_precision=PRECISION) * scale_log2
@@ -96,10 +111,7 @@ def _attend_block(
     new_m = tl.maximum(m, tl.max(scores, 1))  # m is never below -1e20, so a masked score has weight 0 exactly
     weights = tl.exp2(scores - new_m[:, None])
     factor = tl.exp2(m - new_m)
-    if WIDTH == WIDTH_BLOCK:
-        v = tl.load(v_ptr + offset[:, None] + dims[None, :])
-    else:
-        v = tl.load(v_ptr + offset[:, None] + dims[None, :], mask=(dims < WIDTH)[None, :], other=0)
+    v = _load_rows(v_ptr + offset[:, None] + dims[None, :], (dims < WIDTH)[None, :], WIDTH == WIDTH_BLOCK)
     mass = mass * factor + tl.sum(weights, 1)
     if PACKED:
         weights = weights.to(q.dtype)
@@ -114,7 +126,7 @@ def _attend_block(
 def attend_range(
     queries, pool, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """Positions first..end - 1: greatest score, mass and weighted values. PEEL: nothing before `unmasked_end`, whole
     blocks from the first, has to be masked."""
@@ -132,9 +144,14 @@ def attend_range(
         first = tl.maximum(first, unmasked_end)
     if AHEAD:
         page = _page_numbers(pool[2], first, end, PAGE, BLOCK_N, True)
+    if ASK > 0:
+        asked = _pages_to_ask_for(pool[2], first + ASK * BLOCK_N, end, PAGE, BLOCK_N)
     for start in range(first, end, BLOCK_N):
         if AHEAD:
             next_page = _page_numbers(pool[2], start + BLOCK_N, end, PAGE, BLOCK_N, True)
+            if ASK > 0:
+                _ask_for_pages(pool, asked, PAGE * WIDTH)
+                asked = _pages_to_ask_for(pool[2], start + (ASK + 1) * BLOCK_N, end, PAGE, BLOCK_N)
         else:
             page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
         m, mass, acc, acc_odd = _attend_block(
@@ -158,7 +175,7 @@ def log_sum(m, mass):
 def attend_in_parts(
     queries, pool, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """As `attend_range`, in parts of SPLIT positions, merged as parts of different items are."""
     m = tl.full([BLOCK_M], -1e20, tl.float32)
@@ -169,7 +186,7 @@ def attend_in_parts(
         part_end = tl.minimum(start + SPLIT, end)
         part_m, part_mass, part_acc, part_odd = attend_range(
             queries, pool, start, start, part_end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
-            AHEAD,
+            AHEAD, ASK,
         )  # fmt: skip
         divisor, lse = log_sum(part_m, part_mass)
         m, mass, old_factor, factor = merge_part(m, mass, lse)

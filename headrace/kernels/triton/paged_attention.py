@@ -26,7 +26,7 @@ from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.attended_ranges import (
-    ask_for_pages,
+    ask_for_positions,
     attend_in_parts,
     attend_range,
     log_sum,
@@ -90,7 +90,7 @@ def attention_items_kernel(
     pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
     if PDL:  # the plan is older than the step; queries, keys and values come from the launch ahead
         if ASK > 0:
-            ask_for_pages(pool, first, end, PAGE, PAGE * WIDTH, ASK)
+            ask_for_positions(pool, first, end, PAGE, WIDTH, ASK * BLOCK_N)
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
@@ -103,11 +103,24 @@ def attention_items_kernel(
         unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
         m, mass, acc, acc_odd = attend_range(
             queries, pool, first, unmasked_end, end,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD, ASK if PDL else 0,
         )  # fmt: skip
     else:
         m, mass, acc, acc_odd = attend_in_parts(
-            queries, pool, first, end, SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED, AHEAD
+            queries,
+            pool,
+            first,
+            end,
+            SPLIT,
+            WIDTH,
+            WIDTH_BLOCK,
+            PAGE,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
+            PACKED,
+            AHEAD,
+            ASK if PDL else 0,
         )
     if PACKED:
         acc = tl.interleave(acc, acc_odd)
@@ -246,7 +259,7 @@ class PagedAttention:
         pdl: bool = False,
     ) -> None:
         self._pdl = pdl
-        self.merge_parts, self.merge_stages, self.merge_warps = 16, 1, 4
+        self.merge_parts, self.merge_stages, self.merge_warps = 64, 1, 4
         self._options = launch_options(pdl)
         self.group_size = shape.num_heads // shape.num_kv_heads
         self.limits = limits
@@ -314,7 +327,7 @@ class PagedAttention:
         merge_parts_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
             self._partial, self._lse, metadata, out, out.stride(0), self.limits.partials_at, self.limits.parts_at,
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim),
-            HEADS=heads, PARTS=self.merge_parts, IN_ORDER=self._split > 0 or heads > 1, PDL=self._pdl,
+            HEADS=heads, PARTS=self.merge_parts if heads == 1 else 16, IN_ORDER=self._split > 0 or heads > 1, PDL=self._pdl,
             STAGES=self.merge_stages, num_warps=self.merge_warps, **self._options,
         )  # fmt: skip
 
@@ -332,5 +345,5 @@ class PagedAttention:
             DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(shape.head_dim)), PAGE=self._page_size,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, TILE_CLASS=tile_class,
             PEEL=tile_class == PREFILL and self._split == 0, PRECISION=self._precision, PACKED=packed, PDL=self._pdl,
-            AHEAD=tile.ahead, ASK=tile.ask, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
+            AHEAD=tile.ahead and tile_class == DECODE, ASK=tile.ask if tile_class == DECODE else 0, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip
