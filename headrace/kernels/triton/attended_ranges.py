@@ -36,7 +36,7 @@ def widened(q):
 
 
 @triton.jit
-def _page_numbers(table, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def page_numbers(table, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """Pages of a block of positions. Beyond the end page 0, which is finite: pages hold whatever was there before."""
     places = tl.arange(0, BLOCK_N)
     column = table + start // PAGE + places // PAGE if BLOCK_N % PAGE == 0 else table + (start + places) // PAGE
@@ -124,7 +124,7 @@ def _attend_block(
 
 @triton.jit
 def attend_range(
-    queries, pool, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    queries, pool, page, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     AHEAD: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
@@ -136,30 +136,27 @@ def attend_range(
     acc_odd = acc
     if PEEL:
         for start in range(first, unmasked_end, BLOCK_N):
-            page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, False)
+            block_page = page_numbers(pool[2], start, end, PAGE, BLOCK_N, False)
             m, mass, acc, acc_odd = _attend_block(
-                queries, pool, page, start, end, m, mass, acc, acc_odd,
+                queries, pool, block_page, start, end, m, mass, acc, acc_odd,
                 WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
             )  # fmt: skip
         first = tl.maximum(first, unmasked_end)
-    if AHEAD:
-        page = _page_numbers(pool[2], first, end, PAGE, BLOCK_N, True)
     if ASK > 0:
         asked = _pages_to_ask_for(pool[2], first + ASK * BLOCK_N, end, PAGE, BLOCK_N)
     for start in range(first, end, BLOCK_N):
         if AHEAD:
-            next_page = _page_numbers(pool[2], start + BLOCK_N, end, PAGE, BLOCK_N, True)
+            block_page = page
+            page = page_numbers(pool[2], start + BLOCK_N, end, PAGE, BLOCK_N, True)
             if ASK > 0:
                 _ask_for_pages(pool, asked, PAGE * WIDTH)
                 asked = _pages_to_ask_for(pool[2], start + (ASK + 1) * BLOCK_N, end, PAGE, BLOCK_N)
         else:
-            page = _page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
+            block_page = page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
         m, mass, acc, acc_odd = _attend_block(
-            queries, pool, page, start, end, m, mass, acc, acc_odd,
+            queries, pool, block_page, start, end, m, mass, acc, acc_odd,
             WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
         )  # fmt: skip
-        if AHEAD:
-            page = next_page
     return m, mass, acc, acc_odd
 
 
@@ -173,7 +170,7 @@ def log_sum(m, mass):
 
 @triton.jit
 def attend_in_parts(
-    queries, pool, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    queries, pool, page, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     AHEAD: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
@@ -185,9 +182,12 @@ def attend_in_parts(
     for start in range(first, end, SPLIT):
         part_end = tl.minimum(start + SPLIT, end)
         part_m, part_mass, part_acc, part_odd = attend_range(
-            queries, pool, start, start, part_end, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
+            queries, pool, page, start, start, part_end,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
             AHEAD, ASK,
         )  # fmt: skip
+        if AHEAD:
+            page = page_numbers(pool[2], part_end, end, PAGE, BLOCK_N, True)
         divisor, lse = log_sum(part_m, part_mass)
         m, mass, old_factor, factor = merge_part(m, mass, lse)
         acc = tl.fma(acc, old_factor[:, None], (part_acc / divisor[:, None]) * factor[:, None])

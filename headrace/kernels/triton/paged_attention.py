@@ -31,6 +31,7 @@ from headrace.kernels.triton.attended_ranges import (
     attend_range,
     log_sum,
     merge_part,
+    page_numbers,
     widened,
 )
 from headrace.kernels.triton.dependent_launch import launch_options
@@ -41,6 +42,7 @@ from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, Launc
 
 _LOG2_E = 1.4426950408889634
 _ITEM_SIZE = tl.constexpr(ITEM_SIZE)
+_DECODE = tl.constexpr(DECODE)
 
 
 @triton.jit
@@ -71,12 +73,14 @@ def attention_items_kernel(
     head = tl.program_id(0)
     index = tl.program_id(1)
     header = metadata_ptr + 2 * TILE_CLASS  # first and number of the class's items
-    if index >= tl.load(header + 1):
+    if TILE_CLASS != _DECODE:  # decode items are the first: no need to wait for the header
+        index += tl.load(header)
+    item = metadata_ptr + items_at + index * _ITEM_SIZE
+    q_start, num_q, table, first, end, part, first_position = _load_item(item, table_ptr, table_stride)
+    if tl.program_id(1) >= tl.load(header + 1):
         if PDL:  # a grid that ends early must not let the next one overtake the one before
             tl.extra.cuda.gdc_wait()
         return
-    item = metadata_ptr + items_at + (tl.load(header) + index) * _ITEM_SIZE
-    q_start, num_q, table, first, end, part, first_position = _load_item(item, table_ptr, table_stride)
 
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, DIM_BLOCK)
@@ -88,6 +92,11 @@ def attention_items_kernel(
     WIDTH: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM
     WIDTH_BLOCK: tl.constexpr = DIM_BLOCK // 2 if PACKED else DIM_BLOCK
     pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
+    page = end
+    first_partials = metadata_ptr + partials_at + token
+    if AHEAD:
+        page = page_numbers(table, first, end, PAGE, BLOCK_N, True)
+        partial = tl.load(first_partials, mask=valid, other=0)
     if PDL:  # the plan is older than the step; queries, keys and values come from the launch ahead
         if ASK > 0:
             ask_for_positions(pool, first, end, PAGE, WIDTH, ASK * BLOCK_N)
@@ -102,26 +111,14 @@ def attention_items_kernel(
     if SPLIT == 0:
         unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
         m, mass, acc, acc_odd = attend_range(
-            queries, pool, first, unmasked_end, end,
+            queries, pool, page, first, unmasked_end, end,
             WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD, ASK if PDL else 0,
         )  # fmt: skip
     else:
         m, mass, acc, acc_odd = attend_in_parts(
-            queries,
-            pool,
-            first,
-            end,
-            SPLIT,
-            WIDTH,
-            WIDTH_BLOCK,
-            PAGE,
-            BLOCK_M,
-            BLOCK_N,
-            PRECISION,
-            PACKED,
-            AHEAD,
-            ASK if PDL else 0,
-        )
+            queries, pool, page, first, end,
+            SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED, AHEAD, ASK if PDL else 0,
+        )  # fmt: skip
     if PACKED:
         acc = tl.interleave(acc, acc_odd)
 
@@ -130,9 +127,10 @@ def attention_items_kernel(
         out_offset = token.to(tl.int64) * out_stride + q_head * HEAD_DIM
         tl.store(out_ptr + out_offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
-        partial = tl.load(metadata_ptr + partials_at + token, mask=valid, other=0) + part
+        if not AHEAD:
+            partial = tl.load(first_partials, mask=valid, other=0)
         divisor, lse = log_sum(m, mass)
-        row = partial.to(tl.int64) * (NUM_KV * GQA) + q_head
+        row = (partial + part).to(tl.int64) * (NUM_KV * GQA) + q_head
         tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], acc / divisor[:, None], mask=q_mask)
         tl.store(lse_ptr + row, lse, mask=valid)
 
