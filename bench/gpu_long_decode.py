@@ -12,6 +12,7 @@ medians of graph replays. What does not begin within --seconds is named under "l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -182,9 +183,9 @@ def long_variants() -> Iterator[tuple[str, AttentionTile, int | None]]:
         (32, 2, 3, 0, (66,)),
         (32, 4, 3, 0, (66,)),
     ):
-        for items in counts:
-            name = f"{block_n} x {warps} x {stages}, ask {ask}, {items} items"
-            yield name, AttentionTile(16, block_n, warps, stages, ask=ask), items
+        for items, spread in itertools.product(counts, (False, True) if (block_n, warps) == (64, 4) else (False,)):
+            name = f"{block_n} x {warps} x {stages}, ask {ask}, {'spread, ' * spread}{items} items"
+            yield name, AttentionTile(16, block_n, warps, stages, ask=ask, spread=spread), items
 
 
 class Layer:

@@ -86,6 +86,7 @@ def ask_for_positions(pool, first, end, PAGE: tl.constexpr, WIDTH: tl.constexpr,
 def _attend_block(
     queries, pool, page, start, end, m, mass, acc, acc_odd, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One block of positions into the running maximum, sum and weighted values (of even and odd dimensions if PACKED).
 
@@ -112,7 +113,7 @@ def _attend_block(
     weights = tl.exp2(scores - new_m[:, None])
     factor = tl.exp2(m - new_m)
     v = _load_rows(v_ptr + offset[:, None] + dims[None, :], (dims < WIDTH)[None, :], WIDTH == WIDTH_BLOCK)
-    mass = mass * factor + tl.sum(weights, 1)
+    mass = tl.fma(mass, factor[:, None], weights) if SPREAD else mass * factor + tl.sum(weights, 1)
     if PACKED:
         weights = weights.to(q.dtype)
         acc = tl.dot(weights, even_halves(v).to(q.dtype), acc=acc * factor[:, None], input_precision=PRECISION)
@@ -126,12 +127,12 @@ def _attend_block(
 def attend_range(
     queries, pool, page, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr, ASK: tl.constexpr,
+    AHEAD: tl.constexpr, ASK: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Positions first..end - 1: greatest score, mass and weighted values. PEEL: nothing before `unmasked_end`, whole
     blocks from the first, has to be masked."""
     m = tl.full([BLOCK_M], -1e20, tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    mass = tl.zeros([BLOCK_M, BLOCK_N] if SPREAD else [BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
     acc_odd = acc
     if PEEL:
@@ -139,7 +140,7 @@ def attend_range(
             block_page = page_numbers(pool[2], start, end, PAGE, BLOCK_N, False)
             m, mass, acc, acc_odd = _attend_block(
                 queries, pool, block_page, start, end, m, mass, acc, acc_odd,
-                WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
+                WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED, SPREAD,
             )  # fmt: skip
         first = tl.maximum(first, unmasked_end)
     if ASK > 0:
@@ -155,8 +156,10 @@ def attend_range(
             block_page = page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
         m, mass, acc, acc_odd = _attend_block(
             queries, pool, block_page, start, end, m, mass, acc, acc_odd,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED, SPREAD,
         )  # fmt: skip
+    if SPREAD:
+        mass = tl.sum(mass, 1)
     return m, mass, acc, acc_odd
 
 
@@ -184,7 +187,7 @@ def attend_in_parts(
         part_m, part_mass, part_acc, part_odd = attend_range(
             queries, pool, page, start, start, part_end,
             WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
-            AHEAD, ASK,
+            AHEAD, ASK, False,
         )  # fmt: skip
         if AHEAD:
             page = page_numbers(pool[2], part_end, end, PAGE, BLOCK_N, True)

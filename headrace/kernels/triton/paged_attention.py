@@ -61,6 +61,7 @@ def attention_items_kernel(
     NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, TILE_CLASS: tl.constexpr, PEEL: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, ASK: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One (kv head, item): the queries of its tokens and of the GQA heads that share a kv head, over its positions.
 
@@ -112,7 +113,7 @@ def attention_items_kernel(
         unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
         m, mass, acc, acc_odd = attend_range(
             queries, pool, page, first, unmasked_end, end,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD, ASK if PDL else 0,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD, ASK if PDL else 0, SPREAD,
         )  # fmt: skip
     else:
         m, mass, acc, acc_odd = attend_in_parts(
@@ -196,6 +197,7 @@ class AttentionTile:
     num_stages: int
     ahead: bool = True
     ask: int = 0
+    spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -343,5 +345,6 @@ class PagedAttention:
             DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(shape.head_dim)), PAGE=self._page_size,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, TILE_CLASS=tile_class,
             PEEL=tile_class == PREFILL and self._split == 0, PRECISION=self._precision, PACKED=packed, PDL=self._pdl,
-            AHEAD=tile.ahead and tile_class == DECODE, ASK=tile.ask if tile_class == DECODE else 0, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
+            AHEAD=tile.ahead and tile_class == DECODE, ASK=tile.ask if tile_class == DECODE else 0,
+            SPREAD=tile.spread, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip
