@@ -263,6 +263,21 @@ def rows(report: Report) -> None:
         report.add(f"prefill 16 x 1024 {name}", lambda c=prompts, f=fixed: prefill(c, f))
 
 
+def merges(report: Report) -> None:
+    """Of tokens that have no parts, as in a step of prompts."""
+    limits = WorkLimits(8192, 24576, 1024)
+    attention = PagedAttention(AttentionShape(32, 8, 128), PAGE, limits, BF16, DEVICE, pdl=True)
+    metadata = torch.ones(limits.size, dtype=torch.int32, device=DEVICE)
+    out = torch.empty(8192, 32, 128, dtype=BF16, device=DEVICE)
+    for tokens in (512, 2048, 8192):
+        bounds = LaunchBounds(0, 0, tokens)
+
+        def call(bounds: LaunchBounds = bounds) -> None:
+            attention.run(out, out.view(-1, 128), out.view(-1, 128), metadata[:8].view(1, 8), metadata, out, bounds)
+
+        report.add(f"merge of {tokens} tokens without parts", lambda c=call: {"us": round(timed(c), 2)})
+
+
 def prefill(case: Paged, fixed: int | None) -> dict[str, object]:
     if COMPILING is not None:
         return {}
@@ -275,7 +290,7 @@ def _label(tile: AttentionTile) -> str:
     return f"{'' if tile.ahead else 'main '}{tile.block_n} x {tile.num_warps} x {tile.num_stages}{asked}"
 
 
-PARTS = {"long": long, "rows": rows, "shapes": shapes}
+PARTS = {"long": long, "merges": merges, "rows": rows, "shapes": shapes}
 
 
 def compile_all() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
+from headrace.kernels.triton import paged_attention
 from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 from tests.kernels.oracles import ScaledShape, reference_attention
@@ -100,6 +101,18 @@ def test_scores_are_scaled_as_the_shape_says(pool_dtype: torch.dtype) -> None:
     case = Case(2, 1, 64, 16, torch.float32, 5, longest=200, shared=4, pool_dtype=pool_dtype, shape=ScaledShape)
     case.check([(0, 70, 1), (1, 80, 1), (2, 63, 1), (3, 199, 1), (4, 1, 1)], [(0, 2, 4)], 1e-5)
     case.check([(3, 70, 1), (0, 0, 11), (1, 65, 40)], [], 1e-5)
+
+
+@pytest.mark.parametrize("fixed", [None, 64])
+def test_programs_that_merge_several_tokens_move_no_bit(fixed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than programs, of which some have parts: decode rows, and those that share a group's."""
+    case = Case(2, 1, 64, 16, HALF, num_rows=20, longest=300, shared=8)
+    rows = [(row, 299 if row % 3 else 40, 1) for row in range(19)] + [(19, 200, 21)]
+    groups = [(1, 2, 8), (4, 2, 8)]
+    expected = case.run(rows, groups, case.q[:40], fixed, ONE)
+    monkeypatch.setattr(paged_attention, "MOST_MERGED_APART", 24)
+    monkeypatch.setattr(paged_attention, "MERGING_PROGRAMS", 7)
+    assert torch.equal(case.run(rows, groups, case.q[:40], fixed, ONE), expected)
 
 
 @pytest.mark.parametrize("pool_dtype", [HALF, FLOAT8])

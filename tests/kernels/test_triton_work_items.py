@@ -322,7 +322,7 @@ def test_walkers_end_together(kv: int, starts: list[int], lengths: list[int]) ->
     items = buffer[planner.limits.items_at : summary.size].reshape(-1, ITEM_SIZE)[summary.num_decode :]
     assert not (items[:, 3] % 64).any(), "parts begin at whole pages"
     walks = walks_of(items, kv, 132)
-    assert walks.max() < 1.08 * walks.mean(), "of one part each, or of as many as it takes"
+    assert walks.max() < 1.11 * walks.mean(), "of one part each, or of as many as it takes and are worth their cost"
 
 
 def test_prompts_that_keep_walkers_busy_are_left_whole() -> None:

@@ -40,6 +40,12 @@ from headrace.kernels.triton.hopper_prefill import HopperPrefill, HopperTile, ch
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS, TileSizes
 from headrace.kernels.triton.work_items import DECODE, ITEM_SIZE, PREFILL, LaunchBounds, WorkLimits
 
+MOST_MERGED_APART = 512
+"""Of more leading tokens than these, most have no parts: a merge's programs then take several each."""
+
+MERGING_PROGRAMS = 256
+"""How many programs that is, beside each other for every few heads."""
+
 _LOG2_E = 1.4426950408889634
 _ITEM_SIZE = tl.constexpr(ITEM_SIZE)
 _DECODE = tl.constexpr(DECODE)
@@ -137,24 +143,12 @@ def attention_items_kernel(
 
 
 @triton.jit
-def merge_parts_kernel(
-    partial_ptr, lse_ptr, metadata_ptr, out_ptr, out_stride, partials_at, parts_at,
+def _merge_token(
+    partial_ptr, lse_ptr, out_ptr, out_stride, token, first, num_parts,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One (token, HEADS heads): the output from the parts of a context that was cut.
-
-    IN_ORDER merges one part after the other, as the items kernel does; else PARTS at a time, for few tokens.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0)
-    num_parts = tl.load(metadata_ptr + parts_at + token)
-    first = tl.load(metadata_ptr + partials_at + token).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if num_parts < 2:
-        return
+    """HEADS heads of a token from its partial results."""
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, DIM_BLOCK)
     mask = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -162,7 +156,7 @@ def merge_parts_kernel(
     total_mass = tl.zeros([HEADS], tl.float32)
     total_acc = tl.zeros([HEADS, DIM_BLOCK], tl.float32)
     if IN_ORDER:
-        for part in tl.range(num_parts, num_stages=STAGES):
+        for part in range(num_parts):
             row = (first + part) * NUM_HEADS + heads
             lse = tl.load(lse_ptr + row, mask=heads < NUM_HEADS, other=0.0)
             acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
@@ -183,8 +177,48 @@ def merge_parts_kernel(
             total_acc = total_acc * old_factor[:, None] + tl.sum(acc * factor[:, :, None], 0)
             total_m = new_m
     out = total_acc / tl.where(total_mass > 0, total_mass, 1.0)[:, None]
-    offset = token.to(tl.int64) * out_stride + heads * HEAD_DIM
+    offset = tl.cast(token, tl.int64) * out_stride + heads * HEAD_DIM
     tl.store(out_ptr + offset[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def merge_parts_kernel(
+    partial_ptr, lse_ptr, metadata_ptr, out_ptr, out_stride, partials_at, parts_at, num_tokens,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, IN_ORDER: tl.constexpr, TURNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """(A token, HEADS heads): the output from the parts of a context that was cut.
+
+    IN_ORDER merges one part after the other, as the items kernel does; else PARTS at a time, for few tokens.
+    TURNS above 1: programs take at most so many tokens each, as far apart as there are programs.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0)
+    if TURNS == 1:
+        num_parts = tl.load(metadata_ptr + parts_at + token)
+        first = tl.load(metadata_ptr + partials_at + token).to(tl.int64)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        if num_parts > 1:
+            _merge_token(
+                partial_ptr, lse_ptr, out_ptr, out_stride, token, first, num_parts,
+                NUM_HEADS, HEAD_DIM, DIM_BLOCK, HEADS, PARTS, IN_ORDER,
+            )  # fmt: skip
+    else:
+        turns = token + tl.arange(0, TURNS) * tl.num_programs(0)
+        most_parts = tl.max(tl.load(metadata_ptr + parts_at + turns, mask=turns < num_tokens, other=0), 0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        if most_parts > 1:
+            for place in range(token, num_tokens, tl.num_programs(0)):
+                num_parts = tl.load(metadata_ptr + parts_at + place)
+                if num_parts > 1:
+                    first = tl.load(metadata_ptr + partials_at + place).to(tl.int64)
+                    _merge_token(
+                        partial_ptr, lse_ptr, out_ptr, out_stride, place, first, num_parts,
+                        NUM_HEADS, HEAD_DIM, DIM_BLOCK, HEADS, PARTS, IN_ORDER,
+                    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -259,7 +293,6 @@ class PagedAttention:
         pdl: bool = False,
     ) -> None:
         self._pdl = pdl
-        self.merge_parts, self.merge_stages, self.merge_warps = 64, 1, 4
         self._options = launch_options(pdl)
         self.group_size = shape.num_heads // shape.num_kv_heads
         self.limits = limits
@@ -324,11 +357,15 @@ class PagedAttention:
     def _merge(self, num_tokens: int, metadata: Tensor, out: Tensor) -> None:
         num_heads, head_dim = self._shape.num_heads, self._shape.head_dim
         heads = 1 if num_tokens < 16 else min(4, triton.next_power_of_2(num_heads))
-        merge_parts_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+        programs, turns = num_tokens, 1
+        if num_tokens > MOST_MERGED_APART:
+            programs, turns = MERGING_PROGRAMS, triton.cdiv(self.limits.max_tokens, MERGING_PROGRAMS)
+        merge_parts_kernel[(programs, triton.cdiv(num_heads, heads))](
             self._partial, self._lse, metadata, out, out.stride(0), self.limits.partials_at, self.limits.parts_at,
+            num_tokens,
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim),
-            HEADS=heads, PARTS=self.merge_parts if heads == 1 else 16, IN_ORDER=self._split > 0 or heads > 1, PDL=self._pdl,
-            STAGES=self.merge_stages, num_warps=self.merge_warps, **self._options,
+            HEADS=heads, PARTS=64 if heads == 1 else 16, IN_ORDER=self._split > 0 or heads > 1,
+            TURNS=triton.next_power_of_2(turns), PDL=self._pdl, num_warps=4, **self._options,
         )  # fmt: skip
 
     def _launch(

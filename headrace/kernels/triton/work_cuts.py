@@ -27,7 +27,7 @@ _RESIDENT_PROGRAMS = 1056  # item x kv-head programs that a large device holds a
 _TARGET_PREFILL_PROGRAMS = 528  # four per multiprocessor of a large device
 _MOST_WALKED = 1056  # no cut makes more items x kv heads than these, beside what there is
 _ITEM_COST = 128  # positions that a walker could see while it begins an item
-_PART_COST = 128  # while it writes a part, and for the merge
+_PART_COST = 900  # while a part is written, read again and merged
 _MAX_PREFILL_PARTS = 8  # partial results of long prompts are large
 _MAX_PREFILL_ROWS = 64  # more rows than these in one launch share what room it has for prefill items
 
