@@ -22,7 +22,7 @@ def token_sizes(max_tokens: int) -> list[int]:
 
 
 class Buckets:
-    """Sizes for steps of at most `max_rows` rows; steps of more than `max_graph_tokens` tokens get their own size."""
+    """Sizes for steps of at most `max_rows` rows; steps of more than `max_graph_tokens` tokens get their own."""
 
     def __init__(self, max_rows: int, max_tokens: int, max_graph_tokens: int) -> None:
         self._max_rows = max_rows
@@ -60,7 +60,7 @@ class Buckets:
             size = self.num_sampled(num_rows)
             return Bucket(size, size, True)
         if num_tokens > self._token_sizes[-1]:
-            return self._mixed(num_tokens)
+            return Bucket(num_tokens, self.num_sampled(num_rows), False)
         return self._mixed(self._token_sizes[bisect_left(self._token_sizes, num_tokens)])
 
     def num_sampled(self, num_rows: int) -> int:

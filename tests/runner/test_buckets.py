@@ -33,9 +33,9 @@ def test_every_step_finds_a_bucket_that_holds_it_and_is_captured_if_small() -> N
         assert buckets.num_sampled(num_rows) in buckets.sampled
 
 
-def test_a_step_beyond_the_captured_sizes_is_not_padded() -> None:
+def test_a_step_beyond_the_captured_sizes_is_hardly_padded() -> None:
     buckets = Buckets(max_rows=8, max_tokens=5000, max_graph_tokens=2048)
-    assert buckets.of_step(3001, 4) == Bucket(3001, 8, False)
+    assert buckets.of_step(3001, 3) == Bucket(3001, 4, False)
     assert buckets.greatest == Bucket(5000, 8, False)
 
 

@@ -130,7 +130,8 @@ class CutRules:
         """As `work_items.AttentionPlanner.bounds`."""
         rows = min(num_rows, num_tokens)
         prefill = 0 if is_decode or num_tokens <= self._tiles.prefill else self._prefill_bound(rows, num_tokens)
-        least = rows if is_decode else rows + (num_tokens - rows) // self._tiles.decode  # all in decode tiles, uncut
+        has_room = prefill > 0 and rows <= _MAX_PREFILL_ROWS  # for every row that one decode tile does not hold
+        least = rows if is_decode or has_room else rows + (num_tokens - rows) // self._tiles.decode  # uncut
         if least + prefill > self._max_items:
             raise ValueError(f"{rows} rows of {num_tokens} tokens do not fit {self._max_items} items")
         wanted = self._decode_wanted(rows, is_decode=is_decode or num_rows == num_tokens)
