@@ -78,7 +78,7 @@ class Choice(NamedTuple):
 CHOICES = (
     Choice(
         "1 token per row",
-        "few: up to 264 work items x KV heads",
+        "few: up to 396 work items x KV heads",
         "triton: decode items, 64 positions at a time by 4 warps",
         "the time of one item decides",
     ),

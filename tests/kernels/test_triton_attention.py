@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpr
 FLOAT8 = torch.float8_e4m3fn
 LIMITS = WorkLimits(max_tokens=64, max_items=256, max_partials=512)
 NO_GROUPS = np.zeros((0, 3), np.int32)
-SMALL = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(32, 16, 4, 2))
+SMALL = AttentionTiles(AttentionTile(16, 16, 4, 2, ahead=True), AttentionTile(32, 16, 4, 2))
 ONE = AttentionTiles(AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2))
 
 
@@ -101,6 +103,15 @@ def test_scores_are_scaled_as_the_shape_says(pool_dtype: torch.dtype) -> None:
     case = Case(2, 1, 64, 16, torch.float32, 5, longest=200, shared=4, pool_dtype=pool_dtype, shape=ScaledShape)
     case.check([(0, 70, 1), (1, 80, 1), (2, 63, 1), (3, 199, 1), (4, 1, 1)], [(0, 2, 4)], 1e-5)
     case.check([(3, 70, 1), (0, 0, 11), (1, 65, 40)], [], 1e-5)
+
+
+@pytest.mark.parametrize("page", [8, 64])
+def test_pages_looked_up_ahead_move_no_bit(page: int) -> None:
+    case = Case(2, 1, 64, page, HALF, num_rows=4, longest=200)
+    rows = [(0, 199, 1), (1, 14, 1), (2, 130, 3), (3, 0, 1)]
+    at_once = replace(SMALL, decode=replace(SMALL.decode, ahead=False))
+    found, expected = (case.run(rows, [], case.q[:6], None, tiles) for tiles in (SMALL, at_once))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("fixed", [None, 64])

@@ -1,7 +1,6 @@
 """How a tile of queries attends to a range of positions: block by block, through the page table.
 
-Owns the online softmax and its order, and when pages are looked up: a block's before the one ahead of it is computed,
-so that several blocks of keys and values are on their way at once. Must not know items or launches.
+Owns the online softmax and its order, and when pages are looked up. Must not know items or launches.
 
 A pool is (keys, values, page-table row, elements from page to page, elements to the head); queries are (rows, rows of
 odd dimensions if PACKED, position of each row, scale / ln 2).
@@ -48,45 +47,10 @@ def _load_rows(pointers, mask, IS_WHOLE: tl.constexpr):
     return tl.load(pointers) if IS_WHOLE else tl.load(pointers, mask=mask, other=0)
 
 
-@triton.constexpr_function
-def _fetch_of(size):
-    """Assembly that asks for `size` bytes at $1 if $2 is a page's number."""
-    fetch = f"cp.async.bulk.prefetch.L2.global [$1], {size};"
-    return f"{{ .reg .pred wanted; setp.ge.s32 wanted, $2, 0; @wanted {fetch} mov.u32 $0, 0; }}"
-
-
-@triton.jit
-def _pages_to_ask_for(table, start, end, PAGE: tl.constexpr, BLOCKS_N: tl.constexpr):
-    """A thread's page among those of BLOCKS_N positions; -1 where there is none."""
-    place = tl.arange(0, tl.extra.cuda.num_threads())
-    column = start // PAGE + place
-    wanted = (place * PAGE < BLOCKS_N) & (column * PAGE < end)
-    return tl.load(table + column, mask=wanted, other=-1)
-
-
-@triton.jit
-def _ask_for_pages(pool, page, SIZE: tl.constexpr):
-    """Have a head's keys and values of pages (SIZE elements each) brought to the cache; nothing waits for them."""
-    k_ptr, v_ptr, table, page_stride, head_offset = pool
-    offset = page.to(tl.int64) * page_stride + head_offset
-    ASSEMBLY: tl.constexpr = _fetch_of(SIZE * k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    for values in tl.static_range(2):
-        address = ((v_ptr if values else k_ptr) + offset).to(tl.int64)
-        tl.inline_asm_elementwise(ASSEMBLY, "=r,l,r", [address, page], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def ask_for_positions(pool, first, end, PAGE: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """Have the first COUNT of a range's positions brought to the cache. What the launch ahead still writes there is
-    written in the cache."""
-    _ask_for_pages(pool, _pages_to_ask_for(pool[2], first, end, PAGE, COUNT), PAGE * WIDTH)
-
-
 @triton.jit
 def _attend_block(
     queries, pool, page, start, end, m, mass, acc, acc_odd, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One block of positions into the running maximum, sum and weighted values (of even and odd dimensions if PACKED).
 
@@ -113,7 +77,7 @@ def _attend_block(
     weights = tl.exp2(scores - new_m[:, None])
     factor = tl.exp2(m - new_m)
     v = _load_rows(v_ptr + offset[:, None] + dims[None, :], (dims < WIDTH)[None, :], WIDTH == WIDTH_BLOCK)
-    mass = tl.fma(mass, factor[:, None], weights) if SPREAD else mass * factor + tl.sum(weights, 1)
+    mass = mass * factor + tl.sum(weights, 1)
     if PACKED:
         weights = weights.to(q.dtype)
         acc = tl.dot(weights, even_halves(v).to(q.dtype), acc=acc * factor[:, None], input_precision=PRECISION)
@@ -127,12 +91,16 @@ def _attend_block(
 def attend_range(
     queries, pool, page, first, unmasked_end, end, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr, ASK: tl.constexpr, SPREAD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Positions first..end - 1: greatest score, mass and weighted values. PEEL: nothing before `unmasked_end`, whole
-    blocks from the first, has to be masked."""
+    """Positions first..end - 1: greatest score, mass and weighted values.
+
+    PEEL: nothing before `unmasked_end`, whole blocks from the first, has to be masked. AHEAD: `page` holds the first
+    block's pages, and each block looks up those of the next, so that no copy waits for a look-up. A range begins at a
+    whole page, or within one that blocks divide.
+    """
     m = tl.full([BLOCK_M], -1e20, tl.float32)
-    mass = tl.zeros([BLOCK_M, BLOCK_N] if SPREAD else [BLOCK_M], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, WIDTH_BLOCK], tl.float32)
     acc_odd = acc
     if PEEL:
@@ -140,26 +108,19 @@ def attend_range(
             block_page = page_numbers(pool[2], start, end, PAGE, BLOCK_N, False)
             m, mass, acc, acc_odd = _attend_block(
                 queries, pool, block_page, start, end, m, mass, acc, acc_odd,
-                WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED, SPREAD,
+                WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, False, PRECISION, PACKED,
             )  # fmt: skip
         first = tl.maximum(first, unmasked_end)
-    if ASK > 0:
-        asked = _pages_to_ask_for(pool[2], first + ASK * BLOCK_N, end, PAGE, BLOCK_N)
     for start in range(first, end, BLOCK_N):
         if AHEAD:
             block_page = page
             page = page_numbers(pool[2], start + BLOCK_N, end, PAGE, BLOCK_N, True)
-            if ASK > 0:
-                _ask_for_pages(pool, asked, PAGE * WIDTH)
-                asked = _pages_to_ask_for(pool[2], start + (ASK + 1) * BLOCK_N, end, PAGE, BLOCK_N)
         else:
             block_page = page_numbers(pool[2], start, end, PAGE, BLOCK_N, True)
         m, mass, acc, acc_odd = _attend_block(
             queries, pool, block_page, start, end, m, mass, acc, acc_odd,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED, SPREAD,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_N, True, PRECISION, PACKED,
         )  # fmt: skip
-    if SPREAD:
-        mass = tl.sum(mass, 1)
     return m, mass, acc, acc_odd
 
 
@@ -173,9 +134,8 @@ def log_sum(m, mass):
 
 @triton.jit
 def attend_in_parts(
-    queries, pool, page, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
+    queries, pool, first, end, SPLIT: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """As `attend_range`, in parts of SPLIT positions, merged as parts of different items are."""
     m = tl.full([BLOCK_M], -1e20, tl.float32)
@@ -185,12 +145,9 @@ def attend_in_parts(
     for start in range(first, end, SPLIT):
         part_end = tl.minimum(start + SPLIT, end)
         part_m, part_mass, part_acc, part_odd = attend_range(
-            queries, pool, page, start, start, part_end,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED,
-            AHEAD, ASK, False,
+            queries, pool, start, start, start, part_end,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, False, PRECISION, PACKED, False,
         )  # fmt: skip
-        if AHEAD:
-            page = page_numbers(pool[2], part_end, end, PAGE, BLOCK_N, True)
         divisor, lse = log_sum(part_m, part_mass)
         m, mass, old_factor, factor = merge_part(m, mass, lse)
         acc = tl.fma(acc, old_factor[:, None], (part_acc / divisor[:, None]) * factor[:, None])

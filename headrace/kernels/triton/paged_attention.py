@@ -26,7 +26,6 @@ from torch import Tensor
 
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.attended_ranges import (
-    ask_for_positions,
     attend_in_parts,
     attend_range,
     log_sum,
@@ -66,8 +65,7 @@ def attention_items_kernel(
     q_stride, out_stride, table_stride, page_stride, partials_at, items_at,
     NUM_KV: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, TILE_CLASS: tl.constexpr, PEEL: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, ASK: tl.constexpr,
-    SPREAD: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One (kv head, item): the queries of its tokens and of the GQA heads that share a kv head, over its positions.
 
@@ -99,14 +97,12 @@ def attention_items_kernel(
     WIDTH: tl.constexpr = HEAD_DIM // 2 if PACKED else HEAD_DIM
     WIDTH_BLOCK: tl.constexpr = DIM_BLOCK // 2 if PACKED else DIM_BLOCK
     pool = (k_ptr, v_ptr, table, page_stride, head * PAGE * WIDTH)
-    page = end
+    page = first
     first_partials = metadata_ptr + partials_at + token
-    if AHEAD:
+    if AHEAD:  # for the launch ahead is still at work
         page = page_numbers(table, first, end, PAGE, BLOCK_N, True)
         partial = tl.load(first_partials, mask=valid, other=0)
     if PDL:  # the plan is older than the step; queries, keys and values come from the launch ahead
-        if ASK > 0:
-            ask_for_positions(pool, first, end, PAGE, WIDTH, ASK * BLOCK_N)
         tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + q_offset[:, None] + dims[None, :], mask=q_mask, other=0.0)
     position = first_position + rows // GQA
@@ -119,13 +115,12 @@ def attention_items_kernel(
         unmasked_end = first + (tl.minimum(end, first_position + 1) - first) // BLOCK_N * BLOCK_N
         m, mass, acc, acc_odd = attend_range(
             queries, pool, page, first, unmasked_end, end,
-            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD, ASK if PDL else 0, SPREAD,
+            WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PEEL, PRECISION, PACKED, AHEAD,
         )  # fmt: skip
     else:
         m, mass, acc, acc_odd = attend_in_parts(
-            queries, pool, page, first, end,
-            SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED, AHEAD, ASK if PDL else 0,
-        )  # fmt: skip
+            queries, pool, first, end, SPLIT, WIDTH, WIDTH_BLOCK, PAGE, BLOCK_M, BLOCK_N, PRECISION, PACKED
+        )
     if PACKED:
         acc = tl.interleave(acc, acc_odd)
 
@@ -223,15 +218,17 @@ def merge_parts_kernel(
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """One kernel variant: BLOCK_M query rows (tokens x heads of a kv group), BLOCK_N positions at a time."""
+    """One kernel variant: BLOCK_M query rows (tokens x heads of a kv group), BLOCK_N positions at a time.
+
+    ahead   pages are looked up a block ahead: a block's copies then need a stage less, and begin sooner. Of decode
+            items without a fixed split
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    ahead: bool = True
-    ask: int = 0
-    spread: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,10 +262,12 @@ def choose_tiles(
         return AttentionTiles(tile, tile)
     if invariant:
         return AttentionTiles(AttentionTile(decode_m, 32, 1, 4), AttentionTile(prefill_m, 32, 8 if packed else 4, 3))
-    few = AttentionTile(decode_m, 64, 4, 2)
+    # One buffer of keys and one of values, up to three programs on a multiprocessor: what is on its way at once then
+    # comes of programs, not of stages. More than 48 KB each would cost the overlap with the launches around.
+    few = AttentionTile(decode_m, 64, 4, 2, ahead=True)
     if packed:  # half the bytes per position: as many in flight with twice the positions
         return AttentionTiles(AttentionTile(decode_m, 64, 2, 3), AttentionTile(prefill_m, 64, 8, 3), few)
-    return AttentionTiles(AttentionTile(decode_m, 32, 1, 4), AttentionTile(prefill_m, 32, 4, 3), few)
+    return AttentionTiles(AttentionTile(decode_m, 32, 1, 2, ahead=True), AttentionTile(prefill_m, 32, 4, 3), few)
 
 
 class PagedAttention:
@@ -382,6 +381,5 @@ class PagedAttention:
             DIM_BLOCK=max(32 if packed else 16, triton.next_power_of_2(shape.head_dim)), PAGE=self._page_size,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=self._split, TILE_CLASS=tile_class,
             PEEL=tile_class == PREFILL and self._split == 0, PRECISION=self._precision, PACKED=packed, PDL=self._pdl,
-            AHEAD=tile.ahead and tile_class == DECODE, ASK=tile.ask if tile_class == DECODE else 0,
-            SPREAD=tile.spread, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
+            AHEAD=tile.ahead, num_warps=tile.num_warps, num_stages=tile.num_stages, **self._options,
         )  # fmt: skip

@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
 
-FEW_PROGRAMS = 264
-"""Two per multiprocessor of a large device: with fewer programs the time of one item decides."""
+FEW_PROGRAMS = 396
+"""Three per multiprocessor of a large device, which run at once: then the time of one item decides."""
 
 LONGEST = 32767
 """Longer items count as this long where items are sorted."""
 
+_FEW_ROWS = 66  # rows x kv heads up to which so few programs serve a decode step
 _MIN_SPLIT = 64  # and the unit of splits: what kernels walk at a time
 _MIN_PREFILL_SPLIT = 1024
 _RESIDENT_PROGRAMS = 1056  # item x kv-head programs that a large device holds at once: eight per multiprocessor
@@ -151,8 +152,8 @@ class CutRules:
         return min(wanted, num_rows * (ceil_divide(self._max_positions, self._fixed_split or _MIN_SPLIT) + 1))
 
     def _are_few(self, num_rows: int) -> bool:
-        """Whether so many rows share the programs of a launch of few."""
-        return 4 * num_rows * self._num_kv_heads <= FEW_PROGRAMS
+        """Whether a step of so many rows is a launch of few programs."""
+        return num_rows * self._num_kv_heads <= _FEW_ROWS
 
     def _prefill_bound(self, num_rows: int, num_tokens: int) -> int:
         """Tiles of the most rows there is room for, and the parts that `_prefill_splits` makes of few of them."""
