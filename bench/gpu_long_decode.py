@@ -2,8 +2,9 @@
 
     python bench/gpu_long_decode.py [--seconds 85] [--only PART,...]
 
-Parts: long (one row of 60,000 positions, Llama-3.1-8B's heads, alone and among a layer's other launches), rows (decode
-rows of workload A, many long ones, batch-invariant ones), shapes (few long rows).
+Parts: long (one row of 60,000 positions, Llama-3.1-8B's heads, alone and among a layer's other launches), merges
+(of a step of prompts), rows (those of workload A, many long ones, batch-invariant ones, prompts beside other pools than
+Hopper's kernel takes), shapes (few long rows).
 Prints one JSON object: of each row its microseconds, the GB/s of the keys and values read, and the error
 against softmax over gathered rows. Keys and values rotate among copies that exceed the cache many times; times are
 medians of graph replays. What does not begin within --seconds is named under "left_out".
@@ -12,14 +13,11 @@ medians of graph replays. What does not begin within --seconds is named under "l
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -33,7 +31,7 @@ from gpu_timing import BF16, DEVICE, FLOAT8, time_us
 
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton.layer_kernels import FastKernels
-from headrace.kernels.triton.paged_attention import AttentionTile, AttentionTiles, PagedAttention, choose_tiles
+from headrace.kernels.triton.paged_attention import PagedAttention
 from headrace.kernels.triton.row_operations import rope_and_store
 from headrace.kernels.triton.work_items import AttentionPlanner, LaunchBounds, WorkLimits
 
@@ -43,24 +41,11 @@ WIDTH = 4096
 LONGEST = 131072
 
 
-COMPILING = os.environ.get("LONG_DECODE_COMPILES")
-"""Set in processes that only compile, so that the compiled kernels are in Triton's folder: "share of shares"."""
-
-
-def timed(call: Callable[[], object], repeats: int = 8) -> float:
-    """As `time_us`; of a process that only compiles 1.0 after one call."""
-    if COMPILING is None:
-        return time_us(call, repeats)
-    call()
-    return 1.0
-
-
 @dataclass
 class Report:
     """Rows so far, and until when there may be more."""
 
     until: float
-    seen: int = 0
     rows: list[dict[str, object]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -68,52 +53,34 @@ class Report:
         if time.monotonic() > self.until:
             self.left_out.append(name)
             return
-        self.seen += 1
-        if COMPILING is not None and self.seen % 12 != int(COMPILING):
-            return
-        try:
-            row = {"name": name, **measure()}
-        except Exception as error:  # one variant that the device refuses must not cost the others
-            row = {"name": name, "failed": f"{type(error).__name__}: {error}"[:200]}
+        row = {"name": name, **measure()}
         self.rows.append(row)
-        if COMPILING is None:
-            print(json.dumps(row), file=sys.stderr, flush=True)
+        print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 def decode_case(rows: int, context: int, heads: int = 32, kv: int = 8, dim: int = 128, **options: object) -> Paged:
     width = 1 if options.get("pool_dtype") == FLOAT8 else 2
-    spread = SPREAD_BYTES if COMPILING is None else 0
-    copies = max(1, min(16, int(spread / (rows * context * kv * dim * 2 * width)) + 1))
+    copies = max(1, min(16, int(SPREAD_BYTES / (rows * context * kv * dim * 2 * width)) + 1))
     return Paged(np.full(rows, context), heads, kv, dim, copies=copies, **options)  # type: ignore[arg-type]
 
 
 @dataclass
 class Decode:
-    """One step's attention over a case. `items`: what its launch holds; None: as many as an engine's."""
+    """One step's attention over a case, as an engine plans and launches it."""
 
     case: Paged
-    tile: AttentionTile | None = None
-    items: int | None = None
     fixed: int | None = None
 
     def __post_init__(self) -> None:
         case, rows = self.case, len(self.case.lengths)
         limits, shape = WorkLimits(max(8, rows), 8192, 16384), AttentionShape(case.heads, case.kv, case.dim)
-        tiles = None
-        if self.tile is not None:
-            packed, group = case.pool_dtype == FLOAT8, case.heads // case.kv
-            chosen = choose_tiles(group, case.dim, BF16, invariant=self.fixed is not None, packed=packed)
-            tiles = AttentionTiles(replace(self.tile, block_m=chosen.decode.block_m), chosen.prefill)
         self.attention = PagedAttention(
-            shape, PAGE, limits, BF16, DEVICE, self.fixed, tiles, kv_dtype=case.pool_dtype, pdl=True
+            shape, PAGE, limits, BF16, DEVICE, self.fixed, kv_dtype=case.pool_dtype, pdl=True
         )
         sizes = self.attention.tile_sizes
         planner = AttentionPlanner(limits, sizes, PAGE, case.kv, self.fixed, max_positions=LONGEST)
         self.bounds = planner.bounds(rows, rows, is_decode=True)
-        if self.items is not None:
-            self.bounds = LaunchBounds(self.items, 0, rows)
-        buffer = np.zeros(limits.size, np.int32)
-        ones = np.ones(rows, np.int64)
+        buffer, ones = np.zeros(limits.size, np.int32), np.ones(rows, np.int64)
         self.summary = planner.fill(buffer, np.arange(rows), case.lengths - 1, ones, case.groups, self.bounds)
         self.metadata = torch.from_numpy(buffer).to(DEVICE)
         self.turn = count()
@@ -124,17 +91,12 @@ class Decode:
         out = case.out if out is None else out
         self.attention.run(case.q if q is None else q, keys, values, case.table, self.metadata, out, self.bounds)
 
-    def without_merge(self) -> None:
-        bounds, self.bounds = self.bounds, replace(self.bounds, merged=0)
-        self.run()
-        self.bounds = bounds
-
     def measure(self) -> dict[str, object]:
         self.case.out.fill_(float("nan"))
         self.turn = count()
         self.run()
-        error = self.case.error() if COMPILING is None else 0.0
-        us = timed(self.run, repeats=2 * self.case.copies)
+        error = self.case.error()
+        us = time_us(self.run, repeats=2 * self.case.copies)
         items = f"{self.summary.num_decode} of {self.bounds.decode} items, split {self.summary.split}"
         return {"us": round(us, 2), "gb_s": round(self.case.num_bytes / us / 1e3), "error": error, "items": items}
 
@@ -142,50 +104,17 @@ class Decode:
 def stream() -> dict[str, object]:
     """What the memory gives to a plain sum."""
     flat = torch.randn(300_000_000, device=DEVICE)
-    us = timed(flat.sum, repeats=1)
+    us = time_us(flat.sum, repeats=1)
     return {"us": round(us, 1), "gb_s": round(flat.nbytes / us / 1e3)}
 
 
 def long(report: Report) -> None:
     report.add("torch reads 1.2 GB", stream)
     case, small = decode_case(1, 60000), Paged(np.full(1, 384), 32, 8, copies=6)
-    medium = Paged(np.full(8, 900), 16, 8, copies=32)
-    layers = {"layer of 60000": Layer(case), "layer of 384": Layer(small)}
-    for name, layer in layers.items():
-        report.add(f"{name}: without attention", lambda la=layer: la.measure(None))
-    for name, tile, items in long_variants():
-        report.add(f"1 x 60000: {name}", lambda t=tile, n=items: Decode(case, t, n).measure())
-        for label, layer in layers.items():
-            report.add(f"{label}: {name}", lambda la=layer, t=tile, n=items: la.measure(Decode(la.case, t, n)))
-        report.add(f"8 x 900, 16q/8kv: {name}", lambda t=tile, n=items: Decode(medium, t, n).measure())
-
-
-def long_variants() -> Iterator[tuple[str, AttentionTile, int | None]]:
-    """(name, tile, items)."""
-    yield "as main", AttentionTile(16, 64, 4, 2, ahead=False), None
-    for block_n, warps, stages, ask, counts in (
-        (64, 4, 2, 0, (33, 49, 66)),
-        (64, 4, 2, 1, (33, 66)),
-        (64, 4, 2, 2, (33, 49, 66)),
-        (64, 4, 2, 3, (33,)),
-        (64, 4, 3, 0, (33, 49)),
-        (64, 4, 3, 2, (33,)),
-        (64, 4, 4, 0, (33,)),
-        (64, 4, 4, 2, (33,)),
-        (128, 4, 2, 0, (33, 49)),
-        (128, 4, 2, 1, (33, 49)),
-        (128, 8, 2, 1, (33,)),
-        (128, 4, 3, 0, (16,)),
-        (64, 2, 2, 2, (33, 66)),
-        (32, 1, 2, 0, (132,)),
-        (32, 1, 2, 2, (66, 132)),
-        (32, 1, 3, 0, (66, 99)),
-        (32, 2, 3, 0, (66,)),
-        (32, 4, 3, 0, (66,)),
-    ):
-        for items, spread in itertools.product(counts, (False, True) if (block_n, warps) == (64, 4) else (False,)):
-            name = f"{block_n} x {warps} x {stages}, ask {ask}, {'spread, ' * spread}{items} items"
-            yield name, AttentionTile(16, block_n, warps, stages, ask=ask, spread=spread), items
+    report.add("1 x 60000", Decode(case).measure)
+    for name, layer in (("60000", Layer(case)), ("384", Layer(small))):
+        report.add(f"layer of 1 x {name}, without attention", lambda la=layer: la.measure(None))
+        report.add(f"layer of 1 x {name}", lambda la=layer: la.measure(Decode(la.case)))
 
 
 class Layer:
@@ -221,46 +150,39 @@ class Layer:
         self.kernels.linear_add_(self.x, out.view(1, -1), self.out_weights[place], None)
 
     def measure(self, decode: Decode | None) -> dict[str, object]:
-        return {"us": round(timed(lambda: self.run(decode), repeats=2 * self.case.copies), 2)}
+        return {"us": round(time_us(lambda: self.run(decode), repeats=2 * self.case.copies), 2)}
 
 
 def shapes(report: Report) -> None:
-    main, ahead = AttentionTile(16, 64, 4, 2, ahead=False), AttentionTile(16, 64, 4, 2, ask=2)
-    deep, wide = AttentionTile(16, 64, 4, 4), AttentionTile(16, 128, 4, 2, ask=1)
     for name, case in (
         ("8 x 60000", decode_case(8, 60000)),
+        ("4 x 32000", decode_case(4, 32000)),
         ("1 x 8192", decode_case(1, 8192)),
         ("8 x 8192", decode_case(8, 8192)),
+        ("8 x 900, 16q/8kv", Paged(np.full(8, 900), 16, 8, copies=32)),
         ("1 x 60000 fp8", decode_case(1, 60000, pool_dtype=FLOAT8)),
         ("1 x 60000, 32q/8kv of 64", decode_case(1, 60000, dim=64)),
+        ("1 x 60000, 8q/8kv", decode_case(1, 60000, heads=8)),
         ("1 x 60000, 16q/2kv", decode_case(1, 60000, heads=16, kv=2)),
     ):
-        for tile in (main, ahead, deep, wide):
-            report.add(f"{name}: {_label(tile)}", lambda c=case, t=tile: Decode(c, t).measure())
+        report.add(name, Decode(case).measure)
 
 
 def rows(report: Report) -> None:
-    tiles = (
-        AttentionTile(16, 32, 1, 4, ahead=False),
-        AttentionTile(16, 32, 1, 2),
-        AttentionTile(16, 32, 1, 2, ask=1),
-        AttentionTile(16, 32, 1, 2, ask=2),
-    )
     for name, case, fixed in (
-        ("256 x 800", Paged(np.full(256, 800), 16, 8), None),
-        ("512 x 900", Paged(np.full(512, 900), 16, 8), None),
+        ("256 x 800, 16q/8kv", Paged(np.full(256, 800), 16, 8), None),
+        ("512 x 900, 16q/8kv", Paged(np.full(512, 900), 16, 8), None),
         ("as in A after 600 steps", Paged(workload_rows(600), 16, 8, copies=3), None),
         ("as in A after 850 steps", Paged(workload_rows(850), 16, 8, copies=3), None),
         ("16 x 30000", decode_case(16, 30000), None),
-        ("256 x 800 invariant", Paged(np.full(256, 800), 16, 8), 256),
-        ("1 x 60000 invariant", decode_case(1, 60000), 256),
-        ("8 x 8192 invariant", decode_case(8, 8192), 256),
+        ("256 x 800, 16q/8kv, invariant", Paged(np.full(256, 800), 16, 8), 256),
+        ("8 x 8192, invariant", decode_case(8, 8192), 256),
+        ("1 x 60000, invariant", decode_case(1, 60000), 256),
     ):
-        for tile in tiles:
-            report.add(f"{name}: {_label(tile)}", lambda c=case, t=tile, f=fixed: Decode(c, t, fixed=f).measure())
-    for name, pool, fixed in (("fp8", FLOAT8, None), ("fp8 invariant", FLOAT8, 256), ("invariant", BF16, 256)):
+        report.add(name, Decode(case, fixed).measure)
+    for name, pool, fixed in (("fp8", FLOAT8, None), ("fp8, invariant", FLOAT8, 256), ("invariant", BF16, 256)):
         prompts = Paged(np.full(16, 1024), 32, 8, num_q=1024, pool_dtype=pool)
-        report.add(f"prefill 16 x 1024 {name}", lambda c=prompts, f=fixed: prefill(c, f))
+        report.add(f"prefill 16 x 1024, {name}", lambda c=prompts, f=fixed: prefill(c, f))
 
 
 def merges(report: Report) -> None:
@@ -275,33 +197,15 @@ def merges(report: Report) -> None:
         def call(bounds: LaunchBounds = bounds) -> None:
             attention.run(out, out.view(-1, 128), out.view(-1, 128), metadata[:8].view(1, 8), metadata, out, bounds)
 
-        report.add(f"merge of {tokens} tokens without parts", lambda c=call: {"us": round(timed(c), 2)})
+        report.add(f"merge of {tokens} tokens without parts", lambda c=call: {"us": round(time_us(c), 2)})
 
 
 def prefill(case: Paged, fixed: int | None) -> dict[str, object]:
-    if COMPILING is not None:
-        return {}
     us, error, _ = case.measure(fixed=fixed)
     return {"us": round(us, 1), "error": error}
 
 
-def _label(tile: AttentionTile) -> str:
-    asked = f", ask {tile.ask}" if tile.ask else ""
-    return f"{'' if tile.ahead else 'main '}{tile.block_n} x {tile.num_warps} x {tile.num_stages}{asked}"
-
-
 PARTS = {"long": long, "merges": merges, "rows": rows, "shapes": shapes}
-
-
-def compile_all() -> None:
-    """Every kernel, by twelve processes at once."""
-    command = [sys.executable, __file__, *sys.argv[1:]]
-    shares = [
-        subprocess.Popen(command, env={**os.environ, "LONG_DECODE_COMPILES": str(share)}, stdout=subprocess.DEVNULL)
-        for share in range(12)
-    ]
-    for share in shares:
-        share.wait()
 
 
 def main() -> None:
@@ -311,14 +215,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     began = time.monotonic()
-    if COMPILING is None:
-        compile_all()
     report = Report(began + options.seconds)
     for part in options.only.split(","):
         PARTS[part](report)
         torch.cuda.empty_cache()
-    if COMPILING is not None:
-        return
     took = round(time.monotonic() - began, 1)
     device = torch.cuda.get_device_name()
     print(json.dumps({"device": device, "seconds": took, "rows": report.rows, "left_out": report.left_out}))
