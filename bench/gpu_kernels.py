@@ -28,8 +28,10 @@ from gpu_timing import BF16, DEVICE, FLOAT8, Table, num_copies, relative_error, 
 from headrace.kernels.paged_kv import AttentionShape
 from headrace.kernels.triton import (
     linear_rows,
+    logits_processors,
     ordered_products,
     row_operations,
+    row_survey,
     sampling_rows,
     threshold_search,
     top_rows,
@@ -96,7 +98,13 @@ def sampling(table: Table) -> None:
         workspace = sampling_rows.SamplingWorkspace.make(num_rows, vocab, DEVICE)
         tokens, logprobs = torch.zeros_like(slots), torch.zeros(num_rows, device=DEVICE)
         thresholds = torch.zeros(num_rows, device=DEVICE)
-        scratch = threshold_search.threshold_scratch(num_rows, DEVICE)
+        processed = logits_processors.ProcessedRows.like(logits)
+        tables = logits_processors.SlotProcessors(
+            torch.zeros(num_rows, logits_processors.PROCESSORS_SIZE, dtype=torch.int32, device=DEVICE),
+            torch.zeros(num_rows, 1, dtype=torch.int16, device=DEVICE),
+        )
+        survey = row_survey.RowSurvey.make(num_rows, vocab, DEVICE)
+        within = threshold_search.ThresholdWorkspace.make(num_rows, vocab, DEVICE)
 
         def call() -> None:
             sampling_rows.sample_rows(
@@ -104,7 +112,8 @@ def sampling(table: Table) -> None:
             )  # fmt: skip
 
         def search() -> None:
-            threshold_search.find_thresholds(logits, params, slots, scratch, thresholds)  # noqa: B023
+            logits_processors.process_rows(logits, processed, survey, slots, slots, params, tables)  # noqa: B023
+            threshold_search.find_thresholds(logits, params, slots, processed, survey, within, thresholds)  # noqa: B023
 
         call()
         expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.long()[:, None])[:, 0]

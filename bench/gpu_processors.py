@@ -76,10 +76,10 @@ def make_step(sampler: DeviceSampler, num_rows: int, spread: float) -> tuple[str
     given = logits, slots, positions, tokens, logprobs
     if path == "eager":
         return path, lambda: sampler.sample_eager(*given, *on_host)
-    sampler.sample(*given, truncated=path == "truncated")
+    sampler.sample(*given, plain=path == "plain")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sampler.sample(*given, truncated=path == "truncated")
+        sampler.sample(*given, plain=path == "plain")
     return path, graph.replay
 
 

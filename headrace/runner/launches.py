@@ -83,21 +83,21 @@ class Launches:
     def _run_layers(self, bucket: Bucket, hidden_TX: Tensor) -> None:
         self.model.forward(hidden_TX, ForwardStep(self.attention.steps(self.tables, bucket)))
 
-    def sample(self, num_rows: int, *, truncated: bool) -> None:
+    def sample(self, num_rows: int, *, plain: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""
         num_ranks = self.mesh.num_ranks
-        if num_ranks > 1 and not truncated and self.sampler.samples_shares(num_ranks):
+        if num_ranks > 1 and plain and self.sampler.samples_shares(num_ranks):
             self._sample_by_vocabulary(num_rows)
         elif num_ranks > 1 and num_rows >= MIN_SHARED_ROWS * num_ranks and num_rows % num_ranks == 0:
-            self._sample_share(num_rows // num_ranks, truncated=truncated)
+            self._sample_share(num_rows // num_ranks, plain=plain)
         else:
-            self._sample_rows(self.sampled_logits(num_rows), slice(0, num_rows), truncated=truncated)
+            self._sample_rows(self.sampled_logits(num_rows), slice(0, num_rows), plain=plain)
 
-    def _sample_rows(self, logits_SV: Tensor, rows: slice, *, truncated: bool) -> None:
+    def _sample_rows(self, logits_SV: Tensor, rows: slice, *, plain: bool, leaves: bool = True) -> None:
         views, buffer = self.buffer.views, self.buffer
         slots_S, positions_S = views.sampled_slots[rows], views.sampled_positions[rows]
         results = buffer.token_ids[rows], buffer.logprobs[rows]
-        self.sampler.sample(logits_SV, slots_S, positions_S, *results, truncated=truncated)
+        self.sampler.sample(logits_SV, slots_S, positions_S, *results, plain=plain, leaves=leaves)
 
     def _sample_by_vocabulary(self, num_rows: int) -> None:
         """Each rank looks at what it has of all rows' logits, and tells the others a few numbers of each."""
@@ -109,14 +109,14 @@ class Launches:
         found_NSBW = self.mesh.communicator.all_gather(found_SBW)
         self.sampler.sample_shares(found_NSBW, slots_S, buffer.token_ids[:num_rows], buffer.logprobs[:num_rows])
 
-    def _sample_share(self, num_own: int, *, truncated: bool) -> None:
+    def _sample_share(self, num_own: int, *, plain: bool) -> None:
         """Each rank samples as many rows, of which it gets the logits of the others' vocabulary: a part of what all
         logits would be."""
         communicator, num_rows = self.mesh.communicator, num_own * self.mesh.num_ranks
         own = slice(self.mesh.rank * num_own, (self.mesh.rank + 1) * num_own)
         hidden_SX = self.hidden_TX.index_select(0, self.buffer.views.sampled_tokens[:num_rows])
         parts = communicator.exchange(self.model.share_of_logits(hidden_SX))
-        self._sample_rows(joined(parts, self.sampler.vocab_size), own, truncated=truncated)
+        self._sample_rows(joined(parts, self.sampler.vocab_size), own, plain=plain, leaves=False)
         results = communicator.all_gather(self.buffer.results[:, own])
         self.buffer.results[:, :num_rows] = torch.cat([*results], dim=1)
         self.sampler.leave_tokens(self.buffer.token_ids[:num_rows], self.buffer.views.sampled_slots[:num_rows])

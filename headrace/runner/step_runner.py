@@ -103,9 +103,9 @@ class StepRunner:
                 else:
                     self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
                 tell("graphs", next(num_done), num_all)
-            for num_rows, truncated in sampling:
-                body = partial(self._launches.sample, num_rows, truncated=truncated)
-                self._graphs.capture((num_rows, truncated), body)
+            for num_rows, plain in sampling:
+                body = partial(self._launches.sample, num_rows, plain=plain)
+                self._graphs.capture((num_rows, plain), body)
                 tell("graphs", next(num_done), num_all)
 
     def drop_graphs(self) -> None:
@@ -137,7 +137,7 @@ class StepRunner:
             if not self._mesh.is_last:
                 return
             num_rows = self._buckets.sampled[0]
-            self._launches.sample(num_rows, truncated=True)
+            self._launches.sample(num_rows, plain=False)
             self._launches.logits_of(slice(0, num_rows)).clone()  # prompt scores work on a copy at times
 
     def greatest_ms(self) -> float:
@@ -240,8 +240,8 @@ class StepRunner:
         slots, positions = views.sampled_slots[:num_sampled], views.sampled_positions[:num_sampled]
         path = self._sampler.path(slots, positions)
         if path != "eager" and patch is None:
-            truncated = path == "truncated"
-            self._graphs.run((num_padded, truncated), partial(self._launches.sample, num_padded, truncated=truncated))
+            plain = path == "plain"
+            self._graphs.run((num_padded, plain), partial(self._launches.sample, num_padded, plain=plain))
             return
         buffer, device_views = self._buffer, self._buffer.views
         step.extras = self._sampler.sample_eager(

@@ -1,14 +1,15 @@
 """Tokens and log-probabilities from logits that stay on a device, with `headrace.sampling.sampler`'s meaning of both.
 
-Owns the order of launches and their workspaces. Steps of plain and truncated rows are pure launches that may be
-captured; rows that want more (logits processors, further log-probabilities) are enqueued eagerly, any mixture at once:
+Owns the order of launches and their workspaces. Steps of rows that want nothing beside their tokens are pure launches
+that may be captured, whatever acts on their logits; rows that want further log-probabilities, and steps with masks of
+allowed tokens, are enqueued eagerly. Any mixture goes at once:
 
-    process      rows that logits processors act on are copied, a bounded number at a time, and drawn from their copies
+    process      rows that logits processors act on are copied and drawn from their copies; rows with top-p are surveyed
     thresholds   top-k, top-p and min-p
-    sample       one pass over the logits, which also leaves each row's normaliser
+    sample       one pass over the logits, which also leaves each row's normaliser, and counts the tokens where
+                 penalties act: on the device, as the host does not know them yet
     top, asked   further log-probabilities, from what that pass left
     kept         which tokens could have been drawn, by the same thresholds
-    count        the tokens just sampled, where penalties act: on the device, as the host does not know them yet
 
 Nothing waits for the device, and after `warm` nothing compiles. Must not know plans. Legend: S rows, V vocabulary,
 M prompt positions.
@@ -16,7 +17,6 @@ M prompt positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -26,25 +26,28 @@ from torch import Tensor
 
 from headrace.config.shares import ALIGNED_COLUMNS, vocabulary_rows
 from headrace.kernels.triton.kept_rows import kept_rows, num_words
-from headrace.kernels.triton.logits_processors import (
-    NO_COPY,
-    SKIPPED,
-    ProcessedRows,
-    count_tokens,
-    mask_rows,
-    process_rows,
-)
+from headrace.kernels.triton.last_tokens import LastTokens, leave_tokens
+from headrace.kernels.triton.logits_processors import AllowedTokens, ProcessedRows, SlotProcessors, process_rows
+from headrace.kernels.triton.row_survey import BLOCK, RowSurvey
 from headrace.kernels.triton.sampling_rows import (
-    BLOCK,
     SamplingWorkspace,
     VocabularyShare,
-    leave_tokens,
     reduce_rows,
     sample_rows,
     walk_rows,
 )
-from headrace.kernels.triton.slot_params import NUM_ASKED, NUM_TOP, RECORD_SIZE, TEMPERATURE, write_records
-from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
+from headrace.kernels.triton.slot_params import (
+    NUM_ASKED,
+    NUM_PARAMS,
+    NUM_TOP,
+    PROCESSED,
+    PROCESSORS,
+    RECORD_SIZE,
+    TEMPERATURE,
+    UNPROCESSED,
+    write_records,
+)
+from headrace.kernels.triton.threshold_search import ThresholdWorkspace, find_thresholds
 from headrace.kernels.triton.top_rows import LIST_SIZES, SampledRows, asked_rows, top_rows
 from headrace.sampling.device_results import Columns, PendingExtras, PendingScores, to_host
 from headrace.sampling.device_slots import DeviceSlots, slot_params
@@ -54,10 +57,7 @@ from headrace.types.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPRO
 __all__ = ["RECORD_SIZE", "DeviceSampler", "PendingExtras", "PendingScores"]
 
 Integers = npt.NDArray[np.integer]
-SamplingPath = Literal["plain", "truncated", "eager"]
-
-_COPIED_ELEMENTS = 1 << 25
-"""Logits copied at once for rows that are processed."""
+SamplingPath = Literal["plain", "full", "eager"]
 
 
 class DeviceSampler:
@@ -66,7 +66,8 @@ class DeviceSampler:
     slot_params   float32 [max_slots, NUM_PARAMS] and slot_seeds int32 [max_slots, 2], written by `write_slots`
     last_tokens   int32 [max_slots], the token each slot sampled last
 
-    All memory is allocated here, but for what carries results of single steps to the host.
+    All memory is allocated here, but for copies of processed rows, which take as much as a step's logits while it is
+    sampled, and for what carries results of single steps to the host.
     """
 
     def __init__(self, vocab_size: int, max_slots: int, max_rows: int, device: torch.device) -> None:
@@ -77,17 +78,16 @@ class DeviceSampler:
         self.slot_params = self._slots.params
         self.slot_seeds = self._slots.seeds
         self.last_tokens = self._slots.last_tokens
+        self._tables = SlotProcessors(self._slots.processors, self._slots.counts)
+        self._last = LastTokens(self.last_tokens, self._tables)
         self._workspace = SamplingWorkspace.make(max_rows, vocab_size, device)
-        self._scratch = threshold_scratch(max_rows, device)
+        self._survey = RowSurvey.make(max_rows, vocab_size, device)
+        self._search = ThresholdWorkspace.make(max_rows, vocab_size, device)
         self._thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
-        num_copies = min(max_rows, max(1, _COPIED_ELEMENTS // vocab_size))
-        self._copies = torch.empty(num_copies, vocab_size, dtype=torch.float32, device=device)
         most = Columns(min(MAX_TOP_LOGPROBS, vocab_size), MAX_LOGPROB_TOKEN_IDS, 1, num_words(vocab_size))
         self._results = torch.empty(max_rows * most.size, dtype=torch.int32, device=device)
         # Prompt scores: every position reads row 0 of its own parameters, thresholds read row 1.
         self._zeros, self._ones = (torch.full((max_rows,), n, dtype=torch.int32, device=device) for n in (0, 1))
-        self._range = torch.arange(max_rows, dtype=torch.int32, device=device)
-        self._last = torch.zeros(1, dtype=torch.int32, device=device)
         self._own_tokens = torch.empty(max_rows, dtype=torch.int32, device=device)
         self._own_logprobs = torch.empty(max_rows, dtype=torch.float32, device=device)
 
@@ -105,13 +105,13 @@ class DeviceSampler:
     def path(self, slots: Integers, positions: Integers) -> SamplingPath:
         """How rows of these slots are to be sampled at these positions: the least that does for all of them.
 
-        plain       `sample` with truncated=False: only temperatures act
-        truncated   `sample` with truncated=True: top-k, top-p or min-p act
+        plain       `sample` with plain=True: only temperatures act
+        full        `sample` with plain=False
         eager       `sample_eager`
         """
-        if self._slots.want_extras(slots).any() or self._slots.are_processed(slots, positions).any():
+        if self._slots.want_extras(slots).any():
             return "eager"
-        return "truncated" if self._slots.is_truncated[slots].any() else "plain"
+        return "plain" if self._are_plain(slots, positions) else "full"
 
     def sample(
         self,
@@ -120,33 +120,33 @@ class DeviceSampler:
         positions_S: Tensor,
         tokens_S: Tensor,
         logprobs_S: Tensor,
-        processed: ProcessedRows | None = None,
         *,
-        truncated: bool,
-        scored_params: Tensor | None = None,
+        plain: bool,
+        leaves: bool = True,
+        allowed: AllowedTokens | None = None,
     ) -> SampledRows:
-        """Sample one token per row: thresholds where rows are truncated or processed, then the sampling pass. Pure
-        launches on static memory: may be captured.
+        """Sample one token per row. Pure launches: may be captured.
 
         logits_SV     float32, contiguous, S <= max_rows; not changed
         slots_S, positions_S   int32; a row whose slot is -1 is skipped; positions are those of the new tokens
-        tokens_S, logprobs_S   int32 and float32, written; tokens also go to `last_tokens`
-        scored_params   of prompt positions: row 0 is what slot 0 reads, row 1 what thresholds are found with
+        tokens_S, logprobs_S   int32 and float32, written
+        plain         that nothing but temperatures acts on any row; else what acts is looked up on the device
+        leaves        whether tokens also go to `last_tokens` and are counted; if not, `leave_tokens` is to be told
+        allowed       masks of some rows; not of plain ones
         """
-        num_rows = len(slots_S)
-        assert num_rows <= self._max_rows, f"{num_rows} rows, room for {self._max_rows}"
-        params, threshold_slots, last = self.slot_params, slots_S, self.last_tokens
-        if scored_params is not None:
-            params, threshold_slots, last = scored_params, self._ones[:num_rows], self._last
-        thresholds = None
-        if truncated or processed is not None:
-            thresholds = self._thresholds[:num_rows]
-            find_thresholds(logits_SV, params, threshold_slots, self._scratch, thresholds, processed)
+        processed, thresholds = None, None
+        if not plain:
+            processed = ProcessedRows.like(logits_SV)
+            process_rows(
+                logits_SV, processed, self._survey, slots_S, positions_S, self.slot_params, self._tables, allowed
+            )
+            thresholds = self._thresholds_of(logits_SV, self.slot_params, slots_S, processed)
+        last = self._last if leaves else None
         sample_rows(
-            logits_SV, slots_S, positions_S, params, self.slot_seeds, thresholds, self._workspace, tokens_S,
+            logits_SV, slots_S, positions_S, self.slot_params, self.slot_seeds, thresholds, self._workspace, tokens_S,
             logprobs_S, last, processed,
         )  # fmt: skip
-        return SampledRows(logits_SV, slots_S, tokens_S, params, thresholds, self._workspace, processed)
+        return SampledRows(logits_SV, slots_S, tokens_S, self.slot_params, thresholds, self._workspace, processed)
 
     def samples_shares(self, num_ranks: int) -> bool:
         """Whether ranks that share the vocabulary can sample with `walk_share`. Only where whole rows are aligned as
@@ -167,11 +167,11 @@ class DeviceSampler:
     def sample_shares(self, partial_NSBW: Tensor, slots_S: Tensor, tokens_S: Tensor, logprobs_S: Tensor) -> None:
         """As `sample`, of what `walk_share` left on each rank."""
         norms_R2 = self._workspace.norms_R2
-        reduce_rows(partial_NSBW, slots_S, self.slot_params, norms_R2, tokens_S, logprobs_S, self.last_tokens)
+        reduce_rows(partial_NSBW, slots_S, self.slot_params, norms_R2, tokens_S, logprobs_S, self._last)
 
     def leave_tokens(self, tokens_S: Tensor, slots_S: Tensor) -> None:
         """What was sampled elsewhere is what these slots sampled last, but for slots of -1."""
-        leave_tokens(tokens_S, slots_S, self.last_tokens)
+        leave_tokens(tokens_S, slots_S, self.slot_params, self._last)
 
     def sample_eager(
         self,
@@ -190,23 +190,10 @@ class DeviceSampler:
         `slots` and `positions` are the host's copy of the first rows; tensors may be longer, padded with slot -1.
         """
         columns = self._columns_of(slots)
-        is_processed = self._slots.are_processed(slots, positions)
-        masks = None
-        if patch is not None:
-            masks = self._slots.upload(patch.rows), self._slots.upload(patch.masks)
-            self._slots.clear_processors(slots[patch.rows])
-            is_processed[patch.rows] = True
-        truncated = bool(self._slots.is_truncated[slots].any())
-        rounds = self._rounds(is_processed, len(slots_S)) if is_processed.any() else iter((None,))
-        for processed in rounds:
-            if processed is not None:
-                process_rows(logits_SV, processed, slots_S, positions_S, self._slots.processors, self._slots.counts)
-                if masks is not None:
-                    mask_rows(processed, *masks)
-            rows = self.sample(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, processed, truncated=truncated)
-            self._read(rows, self._slots.asked_ids, columns)
-            if processed is not None:
-                count_tokens(tokens_S, slots_S, processed, self._slots.processors, self._slots.counts)
+        allowed = None if patch is None else self._allowed(patch, len(slots_S))
+        plain = allowed is None and self._are_plain(slots, positions)
+        rows = self.sample(logits_SV, slots_S, positions_S, tokens_S, logprobs_S, plain=plain, allowed=allowed)
+        self._read(rows, self._slots.asked_ids, columns)
         return self._pending_extras(slots, columns)
 
     def score(self, logits_MV: Tensor, targets_M: Tensor, slot: int) -> PendingScores:
@@ -220,23 +207,19 @@ class DeviceSampler:
         sampling, options = self._slots.request_of(slot)
         params = slot_params(sampling, options, options.prompt_mode, self.vocab_size)
         columns = Columns(int(params[NUM_TOP]), int(params[NUM_ASKED]), num_own=1)
+        is_biased = options.prompt_mode == "sampled" and bool(sampling.logit_bias)
+        params[PROCESSORS] = (PROCESSED if is_biased else UNPROCESSED).value
+        plain = not is_biased and not (options.prompt_mode == "sampled" and self._slots.is_truncated[slot])
         both = np.stack((params, params))
         both[0, TEMPERATURE] = 0.0  # nothing is drawn: the greatest logit is taken
         device_params = self._slots.upload(both)
-        is_biased = options.prompt_mode == "sampled" and bool(sampling.logit_bias)
-        truncated = options.prompt_mode == "sampled" and bool(self._slots.is_truncated[slot])
-        step = min(self._max_rows, len(self._copies)) if is_biased else self._max_rows
         parts = []
-        for first in range(0, len(logits_MV), step):
-            logits = logits_MV[first : first + step]
+        for first in range(0, len(logits_MV), self._max_rows):
+            logits = logits_MV[first : first + self._max_rows]
             if logits.data_ptr() % 16:
                 logits = logits.clone()  # kernels are compiled for aligned rows
-            processed = self._biased(logits, slot) if is_biased else None
-            zeros, tokens, logprobs = (t[: len(logits)] for t in (self._zeros, self._own_tokens, self._own_logprobs))
-            rows = self.sample(
-                logits, zeros, zeros, tokens, logprobs, processed, truncated=truncated, scored_params=device_params
-            )
-            targets = targets_M[first : first + step].to(torch.int32)
+            rows = self._sample_scored(logits, device_params, slot, plain=plain)
+            targets = targets_M[first : first + self._max_rows].to(torch.int32)
             parts.append(to_host(self._read(rows, self._slots.asked_ids[slot : slot + 1], columns, targets)))
         return PendingScores(parts, columns)
 
@@ -246,41 +229,53 @@ class DeviceSampler:
         slots, positions, tokens = (torch.full((1,), -1, dtype=torch.int32, device=self._device) for _ in range(3))
         logprobs = torch.zeros(1, dtype=torch.float32, device=self._device)
         self.write_slots(torch.full((1, RECORD_SIZE), -1, dtype=torch.int32, device=self._device))
-        processed = ProcessedRows(self._copies, self._slots.upload(np.full(1, SKIPPED, np.int32)))
-        tables = self._slots.processors, self._slots.counts
-        for scoring in (False, True):
-            process_rows(logits, processed, slots, positions, *tables, scoring=scoring)
-        masks = torch.zeros(1, -(-self.vocab_size // 32), dtype=torch.int32, device=self._device)
-        mask_rows(processed, tokens + 1, masks)
-        for truncated, copies in ((False, None), (True, None), (True, processed)):
-            rows = self.sample(logits, slots, positions, tokens, logprobs, copies, truncated=truncated)
+        masks = torch.zeros(1, num_words(self.vocab_size), dtype=torch.int32, device=self._device)
+        given = logits, slots, positions, tokens, logprobs
+        rows = self.sample(*given, plain=True)
+        for allowed in (None, AllowedTokens(masks, slots)):
+            rows = self.sample(*given, plain=False, allowed=allowed)
+        params = torch.ones(2, NUM_PARAMS, dtype=torch.float32, device=self._device)
+        for plain in (True, False):
+            self._sample_scored(logits, params, 0, plain=plain)
         for size in LIST_SIZES:
             self._read(rows, self._slots.asked_ids, Columns(min(size, self.vocab_size), 1, 1), tokens)
         self._read(rows, self._slots.asked_ids, Columns(0, 0, num_kept_words=num_words(self.vocab_size)))
-        count_tokens(tokens, slots, processed, *tables)
         self.leave_tokens(tokens, slots)
         self._slots.warm()
 
-    def _biased(self, logits_MV: Tensor, slot: int) -> ProcessedRows:
-        num_rows = len(logits_MV)
-        slots = torch.full((num_rows,), slot, dtype=torch.int32, device=self._device)
-        processed = ProcessedRows(self._copies, self._range[:num_rows])
-        tables = self._slots.processors, self._slots.counts
-        process_rows(logits_MV, processed, slots, self._zeros[:num_rows], *tables, scoring=True)
-        return processed
+    def _are_plain(self, slots: Integers, positions: Integers) -> bool:
+        """Whether nothing but temperatures acts on any of these rows."""
+        return not (self._slots.is_truncated[slots].any() or self._slots.are_processed(slots, positions).any())
 
-    def _rounds(self, is_processed: npt.NDArray[np.bool_], num_rows: int) -> Iterator[ProcessedRows]:
-        """As many rounds as the room for copies asks for; rows without a copy go with the first."""
-        processed, room = np.flatnonzero(is_processed), len(self._copies)
-        starts = range(0, len(processed), room)
-        copy_of = np.full((len(starts), num_rows), SKIPPED, np.int32)
-        copy_of[0] = NO_COPY
-        copy_of[0, processed] = SKIPPED
-        for each, start in zip(copy_of, starts, strict=True):
-            chosen = processed[start : start + room]
-            each[chosen] = np.arange(len(chosen))
-        for each_S in self._slots.upload(copy_of):
-            yield ProcessedRows(self._copies, each_S)
+    def _thresholds_of(self, logits_SV: Tensor, params: Tensor, slots_S: Tensor, processed: ProcessedRows) -> Tensor:
+        """Of rows that were processed just now."""
+        thresholds_S = self._thresholds[: len(slots_S)]
+        find_thresholds(logits_SV, params, slots_S, processed, self._survey, self._search, thresholds_S)
+        return thresholds_S
+
+    def _sample_scored(self, logits_MV: Tensor, params: Tensor, slot: int, *, plain: bool) -> SampledRows:
+        """The pass that prompt scores are read from: row 1 of `params` says what acts, row 0 the rest."""
+        num_rows = len(logits_MV)
+        zeros, ones, tokens, logprobs = (
+            each[:num_rows] for each in (self._zeros, self._ones, self._own_tokens, self._own_logprobs)
+        )
+        processed, thresholds = None, None
+        if not plain:
+            processed = ProcessedRows.like(logits_MV)
+            owners = torch.full_like(zeros, slot)
+            process_rows(logits_MV, processed, self._survey, ones, zeros, params, self._tables, scored_S=owners)
+            thresholds = self._thresholds_of(logits_MV, params, ones, processed)
+        workspace = self._workspace
+        sample_rows(
+            logits_MV, zeros, zeros, params, self.slot_seeds, thresholds, workspace, tokens, logprobs, None, processed
+        )
+        return SampledRows(logits_MV, zeros, tokens, params, thresholds, workspace, processed)
+
+    def _allowed(self, patch: SamplePatch, num_rows: int) -> AllowedTokens:
+        """A patch on the device."""
+        mask_of = np.full(num_rows, -1, np.int32)
+        mask_of[patch.rows] = np.arange(len(patch.rows))
+        return AllowedTokens(self._slots.upload(patch.masks), self._slots.upload(mask_of))
 
     def _columns_of(self, slots: Integers) -> Columns:
         if len(slots) == 0:

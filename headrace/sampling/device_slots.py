@@ -15,7 +15,6 @@ from torch import Tensor
 
 from headrace.kernels.triton import slot_params as columns
 from headrace.kernels.triton.logits_processors import (
-    HEADER_SIZE,
     PROCESSORS_SIZE,
     count_seen,
     fill_counts,
@@ -70,6 +69,7 @@ class DeviceSlots:
         self.wants_kept[slot] = options.max_kept > 0
         self._requests[slot] = sampling, options
         if self.is_processed[slot] or is_masked:
+            params[columns.PROCESSORS] = (columns.PROCESSED if self.is_processed[slot] else columns.MASKED).value
             self._write_processors(init, stop_ids if is_masked else ())
         if options.token_ids:
             self._write_row(self.asked_ids[slot], np.array(options.token_ids, np.int32))
@@ -85,13 +85,6 @@ class DeviceSlots:
         """Which rows a logits processor acts on."""
         result: BoolArray = self.is_processed[slots] | (positions < self.min_lengths[slots])
         return result
-
-    def clear_processors(self, slots: npt.NDArray[np.integer]) -> None:
-        """The header of those that no processor acts on says so: it may be left from who was in the slot before."""
-        stale = slots[~self.is_processed[slots] & (self.min_lengths[slots] == 0)]
-        if len(stale):
-            header = self.processors[:, : HEADER_SIZE.value]
-            header.index_fill_(0, self.upload(stale.astype(np.int64)), 0)
 
     def want_extras(self, slots: npt.NDArray[np.integer]) -> BoolArray:
         """Which rows need more than their own token's log-probability."""

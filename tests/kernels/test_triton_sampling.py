@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from headrace.kernels.triton.last_tokens import LastTokens
+from headrace.kernels.triton.logits_processors import PROCESSORS_SIZE, ProcessedRows, SlotProcessors, process_rows
+from headrace.kernels.triton.row_survey import BLOCK, RowSurvey
 from headrace.kernels.triton.sampling_rows import (
-    BLOCK,
     PARTIAL_WORDS,
     SamplingWorkspace,
     VocabularyShare,
@@ -23,7 +25,7 @@ from headrace.kernels.triton.sampling_rows import (
     walk_rows,
 )
 from headrace.kernels.triton.slot_params import NUM_PARAMS, seed_words
-from headrace.kernels.triton.threshold_search import find_thresholds, threshold_scratch
+from headrace.kernels.triton.threshold_search import ThresholdWorkspace, find_thresholds
 from headrace.sampling import noise
 from headrace.sampling.noise import gumbel_of, noise_keys
 from headrace.sampling.thresholds import truncation_threshold
@@ -68,6 +70,25 @@ def logits(num_rows: int, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((num_rows, VOCAB)) * 3.0).astype(np.float32)
 
 
+def last_tokens(num_slots: int, fill: int) -> LastTokens:
+    processors = torch.zeros(num_slots, PROCESSORS_SIZE, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(num_slots, VOCAB, dtype=torch.int16, device=DEVICE)
+    tokens = torch.full((num_slots,), fill, dtype=torch.int32, device=DEVICE)
+    return LastTokens(tokens, SlotProcessors(processors, counts))
+
+
+def thresholds_of(values: np.ndarray, table: torch.Tensor) -> torch.Tensor:
+    """Of rows without processors, each in a slot of its own."""
+    num_rows, vocab_size = values.shape
+    slots = on_device(np.arange(num_rows, dtype=np.int32))
+    logits, thresholds = on_device(values), torch.full((num_rows,), float("nan"), device=DEVICE)
+    processed, survey = ProcessedRows.like(logits), RowSurvey.make(num_rows, vocab_size, DEVICE)
+    process_rows(logits, processed, survey, slots, slots, table, last_tokens(num_rows, 0).tables)
+    workspace = ThresholdWorkspace.make(num_rows, vocab_size, DEVICE)
+    find_thresholds(logits, table, slots, processed, survey, workspace, thresholds)
+    return thresholds
+
+
 def log_softmax(row: np.ndarray) -> np.ndarray:
     wide = row.astype(np.float64)
     result: np.ndarray = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
@@ -86,7 +107,7 @@ def test_tokens_and_logprobs_of_every_mode() -> None:
     rows = np.array([3, 1, 2, 0, 0, 5, 4])
     tokens = torch.full((7,), -7, dtype=torch.int32, device=DEVICE)
     logprobs = torch.zeros(7, device=DEVICE)
-    last = torch.full((6,), -9, dtype=torch.int32, device=DEVICE)
+    last = last_tokens(6, -9)
     sample_rows(
         on_device(values[rows]), on_device(slots), on_device(POSITIONS[rows].astype(np.int32)), table,
         on_device(seed_words(SEEDS)), None, SamplingWorkspace.make(7, VOCAB, DEVICE), tokens, logprobs, last,
@@ -98,7 +119,7 @@ def test_tokens_and_logprobs_of_every_mode() -> None:
             continue
         temperature, divisor, mode = table[slot, :3].tolist()
         scores = values[slot].astype(np.float64) / temperature + gumbel[slot] if temperature else values[slot]
-        assert int(tokens[at]) == int(scores.argmax()) == int(last[slot])
+        assert int(tokens[at]) == int(scores.argmax()) == int(last.tokens[slot])
         expected = 0.0 if mode == 2 else log_softmax(values[slot] / np.float32(divisor))[int(tokens[at])]
         assert abs(float(logprobs[at]) - expected) < 1e-5
 
@@ -122,7 +143,7 @@ def test_ranks_that_have_whole_blocks_each_find_what_one_does(num_blocks: int) -
     seeds = on_device(seed_words(np.arange(7, dtype=np.uint64)))
     workspace = SamplingWorkspace.make(7, VOCAB, DEVICE)
     expected = torch.zeros(7, dtype=torch.int32, device=DEVICE), torch.zeros(7, device=DEVICE)
-    last, no_last = torch.zeros(7, dtype=torch.int32, device=DEVICE), None
+    last, no_last = last_tokens(7, 0), None
     sample_rows(on_device(values), slots, positions, table, seeds, None, workspace, *expected, no_last)
     norms = workspace.norms_R2.clone()
     width = num_blocks * BLOCK
@@ -136,7 +157,7 @@ def test_ranks_that_have_whole_blocks_each_find_what_one_does(num_blocks: int) -
         walk_rows(on_device(share), columns, slots, positions, table, seeds, None, parts[-1])
     tokens, logprobs = torch.full_like(expected[0], -1), torch.zeros(7, device=DEVICE)
     reduce_rows(torch.stack(parts), slots, table, workspace.norms_R2, tokens, logprobs, last)
-    assert torch.equal(tokens, expected[0]) and torch.equal(tokens, last)
+    assert torch.equal(tokens, expected[0]) and torch.equal(tokens, last.tokens)
     assert torch.equal(logprobs.view(torch.int32), expected[1].view(torch.int32))
     assert torch.equal(workspace.norms_R2.view(torch.int32), norms.view(torch.int32))
     assert int(tokens[1]) == 3 and int(tokens[2]) >= 2 * BLOCK and int(tokens[6]) < BLOCK
@@ -163,9 +184,7 @@ def test_thresholds_leave_what_they_mean(kind: str) -> None:
     elif kind == "one lane":  # the greatest lie where a pass with any power of 2 of lanes sees them in few
         values[:, ::512] += 30.0
     table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
-    slots = on_device(np.arange(len(CASES), dtype=np.int32))
-    thresholds = torch.full((len(CASES),), float("nan"), device=DEVICE)
-    find_thresholds(on_device(values), table, slots, threshold_scratch(len(CASES), DEVICE), thresholds)
+    thresholds = thresholds_of(values, table)
     for row, found, (temperature, top_k, top_p, min_p) in zip(values, thresholds.tolist(), CASES, strict=True):
         if temperature == 0.0:
             assert found == -math.inf
@@ -181,9 +200,7 @@ def test_only_tokens_above_the_threshold_are_drawn_and_renormalised() -> None:
     values = logits(3, 5)
     table = params(*[(1.0, 1.0, 1, 4, 1.0, 0.0)] * 3)
     slots, seeds = on_device(np.arange(3, dtype=np.int32)), on_device(seed_words(SEEDS[:3]))
-    thresholds = torch.zeros(3, device=DEVICE)
-    device_logits = on_device(values)
-    find_thresholds(device_logits, table, slots, threshold_scratch(3, DEVICE), thresholds)
+    device_logits, thresholds = on_device(values), thresholds_of(values, table)
     workspace = SamplingWorkspace.make(3, VOCAB, DEVICE)
     tokens, logprobs = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, device=DEVICE)
     for position in range(2):

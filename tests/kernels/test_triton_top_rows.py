@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.kernels.triton.sampling_rows import BLOCK, SamplingWorkspace, sample_rows
+from headrace.kernels.triton.row_survey import BLOCK
+from headrace.kernels.triton.sampling_rows import SamplingWorkspace, sample_rows
 from headrace.kernels.triton.slot_params import DIVISOR, LOGPROBS_OF, NUM_ASKED, NUM_PARAMS, NUM_TOP
 from headrace.kernels.triton.top_rows import SampledRows, asked_rows, top_rows
 

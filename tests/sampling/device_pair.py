@@ -76,7 +76,7 @@ class Pair:
         if path == "eager" or patch is not None:
             pending = self.device.sample_eager(*given, *arrays, patch=patch)
         else:
-            self.device.sample(*given, truncated=path == "truncated")
+            self.device.sample(*given, plain=path == "plain")
         assert tokens[num_rows:].tolist() == [-5] * padding and logprobs[num_rows:].tolist() == [5.0] * padding
         np.testing.assert_array_equal(tokens[:num_rows].cpu().numpy(), expected.token_ids.numpy())
         assert_close(logprobs[:num_rows].cpu().numpy(), expected.logprobs.numpy())

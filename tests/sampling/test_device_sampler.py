@@ -23,7 +23,7 @@ def test_plain_and_truncated_rows_are_launches_only() -> None:
     pair.step(normal(5, 4), [4, 0, 1, 3, 2], [4] * 5)
     pair.step(normal(8, 40), [7, 0, 6, 1, 5, 2, 3, 4], list(range(4, 12)))
     pair.step(normal(1, 5), [2], [5])
-    assert pair.paths == ["plain", "truncated", "plain"]
+    assert pair.paths == ["plain", "full", "plain"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -70,7 +70,7 @@ def test_penalties_follow_the_tokens_that_are_sampled_without_the_host() -> None
     assert pair.step(logits[:1], [1], [9]).tolist() == [80]
     pair.step(normal(2, 4), [0, 1], [4, 10])
     pair.step(normal(1, 5), [0], [5])
-    assert pair.paths[-1] == "plain"
+    assert pair.paths == ["full"] * 7 + ["plain"]
 
 
 def test_extras_alone_change_nothing_about_sampling() -> None:
@@ -126,8 +126,7 @@ def test_more_top_ids_than_tokens_and_rows_with_few_left() -> None:
     pair.step(logits, [0, 1, 2], [4, 5, 6])
 
 
-def test_processed_rows_beyond_the_room_for_copies_go_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.sampling.device_sampler._COPIED_ELEMENTS", 2 * VOCAB)
+def test_processed_rows_beside_others_with_everything_asked_of_each() -> None:
     pair = Pair(VOCAB, 7)
     samplings = [TokenSampling(0.9, repetition_penalty=1.5), TokenSampling(logit_bias=((8, 9.0),)), TokenSampling(0.4)]
     pair.enter(

@@ -68,7 +68,7 @@ def sampled_on_device(sampler: DeviceSampler, logits: np.ndarray, position: int)
     if path == "eager":
         sampler.sample_eager(*given, *results, slots, positions)
     else:
-        sampler.sample(*given, *results, truncated=path == "truncated")
+        sampler.sample(*given, *results, plain=path == "plain")
     return logprobs.tolist(), tokens.tolist()
 
 

@@ -61,7 +61,7 @@ def kept_rows(rows: SampledRows, out_SW: Tensor, first: int) -> None:
     num_rows, vocab_size = rows.logits_SV.shape
     copies, copy_of = rows.logits_SV, rows.slots_S
     if rows.processed is not None:
-        copies, copy_of = rows.processed.copies_CV, rows.processed.copy_of_S
+        copies, copy_of = rows.processed.copies_SV, rows.processed.copy_of_S
     thresholds = rows.slot_params if rows.thresholds_S is None else rows.thresholds_S
     _kept_kernel[(num_rows, triton.cdiv(num_words(vocab_size), _WORDS))](
         rows.logits_SV, copies, copy_of, thresholds, rows.slot_params, rows.slots_S, rows.tokens_S, out_SW,

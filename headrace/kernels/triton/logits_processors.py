@@ -1,15 +1,17 @@
-"""Logits processors on the device: bias, stop-id mask and penalties. Owns their kernels and the layout of their tables.
+"""Logits processors on the device: bias, masks and penalties. Owns their kernel and the layout of their tables.
 
-Rows that a processor acts on get a processed copy in a buffer, and other kernels read a row from its copy if it has
-one. Meaning and order are those of `headrace.sampling.slot_state`: bias and mask, repetition penalty, presence and
-frequency.
+One look at a step's logits does all of it. Rows that a processor acts on get a processed copy, and other kernels read a
+row from its copy if it has one; rows whose nucleus is wanted get a survey (`row_survey`). A row that wants neither is
+not read. Meaning and order are those of `headrace.sampling.slot_state`: bias and mask of stop ids, repetition penalty,
+presence and frequency; a mask of allowed tokens comes last.
 
 A slot's processors (int32, `pack_processors`) are the header named here, then at `HEADER_SIZE` per entry a token and
 its bias (float32 bits). A stop id is written as -1 - id: it has no probability while the new token's position is below
-the least length. A slot's counts (int16 [V], read as unsigned) are 0 for a token never seen, else one more than how
-often it was generated, at most 65,534 times.
+the least length. Its parameters say whether the table means anything, so that a slot without processors writes none. A
+slot's counts (int16 [V], read as unsigned) are 0 for a token never seen, else one more than how often it was generated,
+at most 65,534 times (`last_tokens`).
 
-Legend: S rows, V vocabulary, C copies.
+Legend: S rows, V vocabulary.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
@@ -23,14 +25,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.slot_params import OF_MODEL
+from headrace.kernels.triton.row_survey import BLOCK, GROUP, RowSurvey, is_surveyed, leave_survey
+from headrace.kernels.triton.slot_params import (
+    OF_MODEL,
+    PROCESSED,
+    PROCESSORS,
+    TEMPERATURE,
+    UNPROCESSED,
+    load_param,
+)
 from headrace.types.request import Int32Array
 from headrace.types.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 NO_COPY = -1
 """Copy of a row that is read from the model's logits."""
-SKIPPED = -2
-"""Copy of a row that a launch leaves alone."""
 
 MAX_ENTRIES = MAX_LOGIT_BIAS + 2 * MAX_STOP_TOKEN_IDS
 """Biased tokens and stop ids of a slot; the end-of-sequence ids of a model come on top of a request's."""
@@ -40,21 +48,44 @@ _MIN_LENGTH = tl.constexpr(1)
 _REPETITION = tl.constexpr(2)  # float32 bits, as the next two
 _PRESENCE = tl.constexpr(3)
 _FREQUENCY = tl.constexpr(4)
-_HAS_PENALTIES = tl.constexpr(5)
+HAS_PENALTIES = tl.constexpr(5)
 HEADER_SIZE = tl.constexpr(8)
 PROCESSORS_SIZE = HEADER_SIZE.value + 2 * MAX_ENTRIES
+SLOT_WORDS = tl.constexpr(PROCESSORS_SIZE)
 
-_MAX_COUNT = tl.constexpr(0xFFFF)
-_BLOCK = 4096
+MAX_COUNT = tl.constexpr(0xFFFF)
 _ENTRIES = 512  # at a time
 
 
 @dataclass(frozen=True)
 class ProcessedRows:
-    """copies float32 [C, V], and per row of a launch the index of its copy, NO_COPY or SKIPPED: int32 [S]."""
+    """copies float32 [S, V], and per row its own number or NO_COPY: int32 [S], of rows that are not skipped."""
 
-    copies_CV: Tensor
+    copies_SV: Tensor
     copy_of_S: Tensor
+
+    @classmethod
+    def like(cls, logits_SV: Tensor) -> ProcessedRows:
+        """Room for the copies of any of these rows."""
+        num_rows = len(logits_SV)
+        return cls(torch.empty_like(logits_SV), torch.empty(num_rows, dtype=torch.int32, device=logits_SV.device))
+
+
+@dataclass(frozen=True)
+class SlotProcessors:
+    """Tables of the slots: processors int32 [slots, PROCESSORS_SIZE], counts int16 [slots, V]."""
+
+    processors: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class AllowedTokens:
+    """Of some rows the tokens that may be drawn: masks int32 [M, W], bit i of word j for token 32 j + i, and per row of
+    a launch the number of its mask or -1: int32 [S]."""
+
+    masks_MW: Tensor
+    mask_of_S: Tensor
 
 
 @triton.jit
@@ -64,7 +95,6 @@ def slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES: tl.constexpr):
     copy = slot * 0 - 1
     if HAS_COPIES:
         copy = tl.load(copy_of_ptr + row)
-        slot = tl.where(copy < -1, -1, slot)
     return slot, copy
 
 
@@ -105,120 +135,110 @@ def _load_counts(counts_ptr, tokens, mask):
     return tl.load(counts_ptr + tokens, mask=mask, other=0).to(tl.int32) & 0xFFFF
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "copy_of_ptr"])
+@triton.jit
+def _masked(x, tokens, mask_ptr, VOCAB: tl.constexpr):
+    """-inf for what is not allowed; what is not finite stays in sight: the row has to come out as NaN."""
+    word = tl.load(mask_ptr + tokens // 32, mask=tokens < VOCAB, other=0)
+    is_forbidden = ((word >> (tokens % 32)) & 1) == 0
+    return tl.where(is_forbidden & (x < float("inf")), float("-inf"), x)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "owners_ptr", "positions_ptr", "copy_of_ptr", "mask_of_ptr"])
 def _process_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, slots_ptr, positions_ptr, processors_ptr, counts_ptr,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, SIZE: tl.constexpr, ENTRIES: tl.constexpr, SCORING: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, owners_ptr, positions_ptr, processors_ptr, counts_ptr,
+    masks_ptr, mask_of_ptr, maxima_ptr, peaks_ptr,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, ENTRIES: tl.constexpr,
+    WORDS: tl.constexpr, SCORING: tl.constexpr, HAS_MASKS: tl.constexpr,
 ):  # fmt: skip
+    block = tl.program_id(0)
     row = tl.program_id(1)
     slot = tl.load(slots_ptr + row)
-    copy = tl.load(copy_of_ptr + row)
-    if (slot < 0) | (copy < 0):
+    if slot < 0:
         return
-    processors_ptr += slot.to(tl.int64) * SIZE
-    counts_ptr += slot.to(tl.int64) * VOCAB
+    owner = tl.load(owners_ptr + row).to(tl.int64)
+    processors_ptr += owner * SLOT_WORDS
+    counts_ptr += owner * VOCAB
+    kind = load_param(params_ptr, slot, PROCESSORS)
+    is_stopped = (tl.load(positions_ptr + row) < tl.load(processors_ptr + _MIN_LENGTH)) & (not SCORING)
+    is_stopped &= kind != UNPROCESSED
+    is_processed = (kind == PROCESSED) | is_stopped
+    if HAS_MASKS:
+        mask_row = tl.load(mask_of_ptr + row)
+        masks_ptr += mask_row.to(tl.int64) * WORDS
+        is_processed |= mask_row >= 0
+    if block == 0:
+        tl.store(copy_of_ptr + row, tl.where(is_processed, row, -1))
+    surveyed = is_surveyed(params_ptr, slot, VOCAB)
+    if (is_processed | surveyed) == 0:
+        return
     logits_ptr += row.to(tl.int64) * VOCAB
-    copies_ptr += copy.to(tl.int64) * VOCAB
-    num_entries = tl.load(processors_ptr + _NUM_ENTRIES)
-    repetition = tl.load(processors_ptr + _REPETITION).to(tl.float32, bitcast=True)
-    presence = tl.load(processors_ptr + _PRESENCE).to(tl.float32, bitcast=True)
-    frequency = tl.load(processors_ptr + _FREQUENCY).to(tl.float32, bitcast=True)
-    has_penalties = (tl.load(processors_ptr + _HAS_PENALTIES) != 0) & (not SCORING)
-    is_masked = (tl.load(positions_ptr + row) < tl.load(processors_ptr + _MIN_LENGTH)) & (not SCORING)
-    start = tl.program_id(0) * BLOCK_V
-    tokens = start + tl.arange(0, BLOCK_V)
-    x = tl.load(logits_ptr + tokens, mask=tokens < VOCAB, other=0.0)
-    if has_penalties:
-        x = _penalised(x, _load_counts(counts_ptr, tokens, tokens < VOCAB), repetition, presence, frequency)
-    tl.store(copies_ptr + tokens, x, mask=tokens < VOCAB)
-    if num_entries > 0:
-        tl.debug_barrier()  # the stores below replace some of those above
-        for first in range(0, num_entries, ENTRIES):
-            entries = first + tl.arange(0, ENTRIES)
-            entry_ptr = processors_ptr + HEADER_SIZE + 2 * entries
-            code = tl.load(entry_ptr, mask=entries < num_entries, other=0)
-            bias = tl.load(entry_ptr + 1, mask=entries < num_entries, other=0).to(tl.float32, bitcast=True)
-            token = tl.where(code < 0, -1 - code, code)
-            mask = (entries < num_entries) & (token >= start) & (token < start + BLOCK_V)
-            value = tl.load(logits_ptr + token, mask=mask, other=0.0) + bias
-            # What is not finite stays in sight: the row has to come out as NaN.
-            value = tl.where((code < 0) & is_masked & (value < float("inf")), float("-inf"), value)
-            if has_penalties:
-                value = _penalised(value, _load_counts(counts_ptr, token, mask), repetition, presence, frequency)
-            tl.store(copies_ptr + token, value, mask=mask)
+    copies_ptr += row.to(tl.int64) * VOCAB
+    start = block * BLOCK_V
+    groups = tl.arange(0, BLOCK_V // GROUP_V)
+    tokens = start + groups[:, None] * GROUP_V + tl.arange(0, GROUP_V)[None, :]
+    x = load_logits(logits_ptr, tokens, VOCAB)
+    if is_processed:
+        has_penalties = (kind != UNPROCESSED) & (tl.load(processors_ptr + HAS_PENALTIES) != 0) & (not SCORING)
+        num_entries = tl.where(kind != UNPROCESSED, tl.load(processors_ptr + _NUM_ENTRIES), 0)
+        repetition = tl.load(processors_ptr + _REPETITION).to(tl.float32, bitcast=True)
+        presence = tl.load(processors_ptr + _PRESENCE).to(tl.float32, bitcast=True)
+        frequency = tl.load(processors_ptr + _FREQUENCY).to(tl.float32, bitcast=True)
+        if has_penalties:
+            x = _penalised(x, _load_counts(counts_ptr, tokens, tokens < VOCAB), repetition, presence, frequency)
+        if HAS_MASKS and mask_row >= 0:
+            x = _masked(x, tokens, masks_ptr, VOCAB)
+        tl.store(copies_ptr + tokens, x, mask=tokens < VOCAB)
+        if num_entries > 0:
+            tl.debug_barrier()  # the stores below replace some of those above
+            for first in range(0, num_entries, ENTRIES):
+                entries = first + tl.arange(0, ENTRIES)
+                entry_ptr = processors_ptr + HEADER_SIZE + 2 * entries
+                code = tl.load(entry_ptr, mask=entries < num_entries, other=0)
+                bias = tl.load(entry_ptr + 1, mask=entries < num_entries, other=0).to(tl.float32, bitcast=True)
+                token = tl.where(code < 0, -1 - code, code)
+                mask = (entries < num_entries) & (token >= start) & (token < start + BLOCK_V)
+                value = tl.load(logits_ptr + token, mask=mask, other=0.0) + bias
+                value = tl.where((code < 0) & is_stopped & (value < float("inf")), float("-inf"), value)  # as _masked
+                if has_penalties:
+                    value = _penalised(value, _load_counts(counts_ptr, token, mask), repetition, presence, frequency)
+                if HAS_MASKS and mask_row >= 0:
+                    value = _masked(value, token, masks_ptr, VOCAB)
+                tl.store(copies_ptr + token, value, mask=mask)
+            tl.debug_barrier()
+            x = load_logits(copies_ptr, tokens, VOCAB)
+    if surveyed:
+        inverse = 1.0 / load_param(params_ptr, slot, TEMPERATURE)
+        leave_survey(x, maxima_ptr, peaks_ptr, row * tl.cdiv(VOCAB, BLOCK_V) + block, inverse)
 
 
 def process_rows(
     logits_SV: Tensor,
     processed: ProcessedRows,
+    survey: RowSurvey,
     slots_S: Tensor,
     positions_S: Tensor,
-    slot_processors: Tensor,
-    slot_counts: Tensor,
-    *,
-    scoring: bool = False,
+    slot_params: Tensor,
+    tables: SlotProcessors,
+    allowed: AllowedTokens | None = None,
+    scored_S: Tensor | None = None,
 ) -> None:
-    """Write the processed copy of every row that has one.
+    """Write the processed copy of every row that a processor acts on, and the survey of every row that is to have one.
 
     logits_SV     float32, contiguous; not changed
     slots_S, positions_S   int32; a row whose slot is below 0 is skipped
-    slot_processors   int32 [slots, PROCESSORS_SIZE]
-    slot_counts   int16 [slots, V]
-    scoring       only the bias acts, as for prompt positions
+    slot_params   as `slot_params` has them
+    allowed       masks that some rows have beside those
+    scored_S      int32, of prompt positions: the slot whose bias acts, and nothing else of it does. `slots_S` then says
+                  only which row of `slot_params` is read
     """
     num_rows, vocab_size = logits_SV.shape
-    _process_kernel[(triton.cdiv(vocab_size, _BLOCK), num_rows)](
-        logits_SV, processed.copies_CV, processed.copy_of_S, slots_S, positions_S, slot_processors, slot_counts,
-        VOCAB=vocab_size, BLOCK_V=_BLOCK, SIZE=PROCESSORS_SIZE, ENTRIES=_ENTRIES, SCORING=scoring, num_warps=8,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "masks_ptr", "copy_of_ptr"])
-def _mask_kernel(
-    copies_ptr, copy_of_ptr, rows_ptr, masks_ptr, VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, WORDS: tl.constexpr
-):
-    copy = tl.load(copy_of_ptr + tl.load(rows_ptr + tl.program_id(1)))
-    if copy < 0:
-        return
-    tokens = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    word = tl.load(masks_ptr + tl.program_id(1) * WORDS + tokens // 32, mask=tokens < VOCAB, other=0)
-    copies_ptr += copy.to(tl.int64) * VOCAB
-    x = tl.load(copies_ptr + tokens, mask=tokens < VOCAB, other=0.0)
-    is_forbidden = ((word >> (tokens % 32)) & 1) == 0
-    # What is not finite stays in sight, as above.
-    tl.store(copies_ptr + tokens, float("-inf"), mask=(tokens < VOCAB) & is_forbidden & (x < float("inf")))
-
-
-def mask_rows(processed: ProcessedRows, rows_M: Tensor, masks_MW: Tensor) -> None:
-    """Take tokens from the copies of rows: of `rows_M` (int32) those whose bit in `masks_MW` (int32) is not set."""
-    vocab_size = processed.copies_CV.shape[1]
-    _mask_kernel[(triton.cdiv(vocab_size, _BLOCK), len(rows_M))](
-        processed.copies_CV, processed.copy_of_S, rows_M, masks_MW,
-        VOCAB=vocab_size, BLOCK_V=_BLOCK, WORDS=masks_MW.shape[1], num_warps=8,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "tokens_ptr", "copy_of_ptr"])
-def _count_kernel(
-    tokens_ptr, slots_ptr, copy_of_ptr, processors_ptr, counts_ptr, VOCAB: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row)
-    if (slot < 0) | (tl.load(copy_of_ptr + row) < 0):
-        return
-    if tl.load(processors_ptr + slot.to(tl.int64) * SIZE + _HAS_PENALTIES) != 0:
-        count_ptr = counts_ptr + slot.to(tl.int64) * VOCAB + tl.load(tokens_ptr + row)
-        count = tl.load(count_ptr).to(tl.int32) & 0xFFFF
-        tl.store(count_ptr, tl.minimum(tl.maximum(count, 1) + 1, _MAX_COUNT).to(tl.int16))
-
-
-def count_tokens(
-    tokens_S: Tensor, slots_S: Tensor, processed: ProcessedRows, slot_processors: Tensor, slot_counts: Tensor
-) -> None:
-    """Count the tokens (int32) just sampled by rows that have a copy, where penalties act. Slots are distinct."""
-    _count_kernel[(len(tokens_S),)](
-        tokens_S, slots_S, processed.copy_of_S, slot_processors, slot_counts,
-        VOCAB=slot_counts.shape[1], SIZE=PROCESSORS_SIZE, num_warps=1,
+    masks, mask_of = (tables.processors, slots_S) if allowed is None else (allowed.masks_MW, allowed.mask_of_S)
+    _process_kernel[(triton.cdiv(vocab_size, BLOCK), num_rows)](
+        logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S,
+        slots_S if scored_S is None else scored_S, positions_S, tables.processors, tables.counts, masks, mask_of,
+        survey.maxima_RBG, survey.peaks_RB2,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, ENTRIES=_ENTRIES,
+        WORDS=masks.shape[-1], SCORING=scored_S is not None, HAS_MASKS=allowed is not None, num_warps=8,
     )  # fmt: skip
 
 
@@ -234,8 +254,8 @@ def pack_processors(
     packed = np.zeros(HEADER_SIZE.value + 2 * len(biases), np.int32)
     header, entries = np.split(packed, [HEADER_SIZE.value])
     header[_NUM_ENTRIES], header[_MIN_LENGTH] = len(biases), min_length
-    header[_REPETITION:_HAS_PENALTIES] = np.array(penalties, np.float32).view(np.int32)
-    header[_HAS_PENALTIES] = penalties != (1.0, 0.0, 0.0)
+    header[_REPETITION:HAS_PENALTIES] = np.array(penalties, np.float32).view(np.int32)
+    header[HAS_PENALTIES] = penalties != (1.0, 0.0, 0.0)
     masked = frozenset(stop_ids)
     entries[::2] = [-1 - token if token in masked else token for token in biases]
     entries[1::2] = np.array(list(biases.values()), np.float32).view(np.int32)
@@ -246,7 +266,7 @@ def count_seen(prompt: Int32Array, output: Int32Array) -> tuple[Int32Array, Int3
     """The distinct tokens of a sequence and their counts in its slot's table."""
     ids, inverse = np.unique(np.concatenate((prompt, output)), return_inverse=True)
     counts = np.bincount(inverse[len(prompt) :], minlength=len(ids)) + 1
-    stored = np.minimum(counts, _MAX_COUNT.value).astype(np.uint16).view(np.int16)
+    stored = np.minimum(counts, MAX_COUNT.value).astype(np.uint16).view(np.int16)
     return ids.astype(np.int32), stored.astype(np.int32)
 
 

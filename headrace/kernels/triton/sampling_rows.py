@@ -27,18 +27,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.config.shares import VOCABULARY_BLOCK
 from headrace.kernels.triton.fast_math import fast_exp, fast_log2, fast_reciprocal
+from headrace.kernels.triton.last_tokens import LastTokens, count_tokens
 from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy, stated_row
-from headrace.kernels.triton.slot_params import DIVISOR, LOGPROBS_OF, OF_POINT, OF_SAMPLED, TEMPERATURE, load_param
+from headrace.kernels.triton.row_survey import BLOCK
+from headrace.kernels.triton.slot_params import (
+    DIVISOR,
+    LOGPROBS_OF,
+    OF_MODEL,
+    OF_POINT,
+    OF_SAMPLED,
+    TEMPERATURE,
+    load_param,
+)
 
 _GREATEST, _TOTAL, _SCORE, _BASE, _LOGIT, _TOKEN = (tl.constexpr(word) for word in range(6))
 """What the first kernel leaves of a block: the token as an int32's bits, and what is stated of it."""
 PARTIAL_WORDS = tl.constexpr(6)
 _SLACK = tl.constexpr(1.0 - 1e-5)  # what the rounding of a bound and of a score can come to
 _LANES = 512  # columns at a time
-BLOCK = VOCABULARY_BLOCK
-"""Columns per first-stage program: fixed, so that sums never depend on the batch."""
 
 
 @triton.jit
@@ -103,7 +110,7 @@ def _best_of_lanes(scores, columns, LIMIT: tl.constexpr):
 @triton.jit
 def _greatest_logits(
     stated_ptr, drawn_ptr, first, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
-    HAS_COPIES: tl.constexpr,
+    ARE_APART: tl.constexpr,
 ):  # fmt: skip
     """The block's greatest logit of both rows."""
     lanes = tl.arange(0, LANES)
@@ -112,11 +119,11 @@ def _greatest_logits(
     for start in tl.range(0, BLOCK_V, LANES, loop_unroll_factor=2):
         columns = first + start + lanes
         stated = tl.maximum(stated, load_logits(stated_ptr, columns, LIMIT))
-        if HAS_COPIES:
+        if ARE_APART:
             drawn = tl.maximum(drawn, load_logits(drawn_ptr, columns, LIMIT))
     greatest = tl.max(stated, 0)
     drawn_greatest = greatest
-    if HAS_COPIES:
+    if ARE_APART:
         drawn_greatest = tl.max(drawn, 0)
     return greatest, drawn_greatest
 
@@ -125,7 +132,7 @@ def _greatest_logits(
 def _weigh_and_score(
     stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
     threshold, FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
-    HAS_THRESHOLDS: tl.constexpr, HAS_COPIES: tl.constexpr,
+    HAS_THRESHOLDS: tl.constexpr, ARE_APART: tl.constexpr,
 ):  # fmt: skip
     """Per lane [LANES]: the sum of exp((l - base) / divisor) of what is stated; of what is drawn the best score, the
     second best, and the best one's column. At T = 0 a score is the logit; else an upper bound of exp((l - base) / T) /
@@ -142,11 +149,11 @@ def _weigh_and_score(
         weights = fast_exp((stated - base) * (1.0 / divisor))
         sums += tl.where(stated < stated_threshold, 0.0, weights)  # NaN stays NaN
         logits = stated
-        if HAS_COPIES:
+        if ARE_APART:
             logits = load_logits(drawn_ptr, columns, LIMIT)
         scores = logits
         if temperature > 0.0:
-            if HAS_COPIES:
+            if ARE_APART:
                 weights = fast_exp((logits - drawn_base) * inverse)
             else:
                 if temperature != divisor:
@@ -182,6 +189,36 @@ def _score_exactly(
     return _best_of_lanes(bests, winners, LIMIT)
 
 
+@triton.jit
+def _walk_block(
+    stated_ptr, drawn_ptr, first, divisor, temperature, key0, key1, stated_threshold, threshold,
+    FIRST: tl.constexpr, LIMIT: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+    HAS_THRESHOLDS: tl.constexpr, ARE_APART: tl.constexpr,
+):  # fmt: skip
+    """The greatest logit of what is stated and the sum of weights relative to it; of what is drawn the greatest logit
+    (or 0), the best score, relative to that, and its column. ARE_APART: the two are different memory."""
+    greatest, drawn_greatest = _greatest_logits(stated_ptr, drawn_ptr, first, LIMIT, BLOCK_V, LANES, ARE_APART)
+    base = tl.where(greatest == float("-inf"), 0.0, greatest)
+    drawn_base = tl.where(drawn_greatest == float("-inf"), 0.0, drawn_greatest)
+    inverse = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
+    total, bests, seconds, winners = _weigh_and_score(
+        stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
+        threshold, FIRST, LIMIT, BLOCK_V, LANES, HAS_THRESHOLDS, ARE_APART,
+    )  # fmt: skip
+    best, column = _best_of_lanes(bests, winners, LIMIT)
+    if temperature > 0.0:
+        rival = tl.max(tl.where(winners == column, seconds, bests), 0)
+        word = noise_words(FIRST + column, key0, key1)
+        best *= _uniform(word) * fast_reciprocal(_exponential(word))  # from its bound to its score
+        if rival >= best * _SLACK:  # rarely: another's bound reaches the best score
+            best, column = _score_exactly(
+                drawn_ptr, first, drawn_base, inverse, key0, key1, threshold, FIRST, LIMIT, BLOCK_V, LANES,
+                HAS_THRESHOLDS,
+            )  # fmt: skip
+        best = tl.where(best > 0.0, tl.log(tl.maximum(best, 1e-37)), float("-inf"))
+    return greatest, total, drawn_base, best, column
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr", "copy_of_ptr"])
 def _blocks_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, seeds_ptr, positions_ptr, thresholds_ptr, partial_ptr,
@@ -210,25 +247,16 @@ def _blocks_kernel(
     stated_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, HAS_COPIES)
     first = block * BLOCK_V
 
-    greatest, drawn_greatest = _greatest_logits(stated_ptr, drawn_ptr, first, LIMIT, BLOCK_V, LANES, HAS_COPIES)
-    base = tl.where(greatest == float("-inf"), 0.0, greatest)
-    drawn_base = tl.where(drawn_greatest == float("-inf"), 0.0, drawn_greatest)
-    inverse = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
-    total, bests, seconds, winners = _weigh_and_score(
-        stated_ptr, drawn_ptr, first, base, drawn_base, divisor, temperature, inverse, key0, key1, stated_threshold,
-        threshold, FIRST, LIMIT, BLOCK_V, LANES, HAS_THRESHOLDS, HAS_COPIES,
-    )  # fmt: skip
-    best, column = _best_of_lanes(bests, winners, LIMIT)
-    if temperature > 0.0:
-        rival = tl.max(tl.where(winners == column, seconds, bests), 0)
-        word = noise_words(FIRST + column, key0, key1)
-        best *= _uniform(word) * fast_reciprocal(_exponential(word))  # from its bound to its score
-        if rival >= best * _SLACK:  # rarely: another's bound reaches the best score
-            best, column = _score_exactly(
-                drawn_ptr, first, drawn_base, inverse, key0, key1, threshold, FIRST, LIMIT, BLOCK_V, LANES,
-                HAS_THRESHOLDS,
-            )  # fmt: skip
-        best = tl.where(best > 0.0, tl.log(tl.maximum(best, 1e-37)), float("-inf"))
+    if HAS_COPIES and (copy >= 0) & (logprobs_of == OF_MODEL):
+        greatest, total, drawn_base, best, column = _walk_block(
+            stated_ptr, drawn_ptr, first, divisor, temperature, key0, key1, stated_threshold, threshold,
+            FIRST, LIMIT, BLOCK_V, LANES, HAS_THRESHOLDS, True,
+        )  # fmt: skip
+    else:
+        greatest, total, drawn_base, best, column = _walk_block(
+            drawn_ptr, drawn_ptr, first, divisor, temperature, key0, key1, stated_threshold, threshold,
+            FIRST, LIMIT, BLOCK_V, LANES, HAS_THRESHOLDS, False,
+        )  # fmt: skip
     column = tl.minimum(tl.maximum(column, first), LIMIT - 1)  # some token, should all be NaN
     partial_ptr += PARTIAL_WORDS * (row * tl.cdiv(VOCAB, BLOCK_V) + block)
     tl.store(partial_ptr + _GREATEST, greatest)
@@ -241,14 +269,14 @@ def _blocks_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr", "tokens_ptr", "logprobs_ptr", "last_ptr"])
 def _reduce_kernel(
-    copy_of_ptr, params_ptr, slots_ptr, partial_ptr, norms_ptr, tokens_ptr, logprobs_ptr, last_ptr,
+    params_ptr, slots_ptr, partial_ptr, norms_ptr, tokens_ptr, logprobs_ptr, last_ptr, processors_ptr, counts_ptr,
     SHARE_BLOCKS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, HAS_LAST: tl.constexpr,
-    HAS_COPIES: tl.constexpr,
+    VOCAB: tl.constexpr,
 ):  # fmt: skip
     """One row: the best of its blocks' candidates, and what log-probabilities are reckoned with. Each rank's
     SHARE_BLOCKS of all rows lie together."""
     row = tl.program_id(0)
-    slot, _ = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
+    slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
     temperature = load_param(params_ptr, slot, TEMPERATURE)
@@ -283,18 +311,7 @@ def _reduce_kernel(
     tl.store(logprobs_ptr + row, tl.where(is_point, zero, logprob))
     if HAS_LAST:
         tl.store(last_ptr + slot, token)
-
-
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["tokens_ptr", "slots_ptr"])
-def _leave_kernel(tokens_ptr, slots_ptr, last_ptr, num_rows, BLOCK_S: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    slots = tl.load(slots_ptr + rows, mask=rows < num_rows, other=-1)
-    tl.store(last_ptr + slots, tl.load(tokens_ptr + rows, mask=slots >= 0, other=0), mask=slots >= 0)
-
-
-def leave_tokens(tokens_S: Tensor, slots_S: Tensor, last_tokens: Tensor) -> None:
-    """last_tokens[slot] = token, int32, for each row whose slot is not below 0."""
-    _leave_kernel[(triton.cdiv(len(slots_S), 256),)](tokens_S, slots_S, last_tokens, len(slots_S), BLOCK_S=256)
+        count_tokens(token, slot, slot >= 0, params_ptr, processors_ptr, counts_ptr, VOCAB)
 
 
 @dataclass(frozen=True)
@@ -348,7 +365,7 @@ def walk_rows(
     rest as in `sample_rows`."""
     assert logits_SV.is_contiguous() and share.first % BLOCK == 0
     num_rows, num_columns = logits_SV.shape
-    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_CV, processed.copy_of_S)
+    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_SV, processed.copy_of_S)
     _blocks_kernel[(partial_SBW.shape[1], num_rows)](
         logits_SV, copies, copy_of, slot_params, slots_S, slot_seeds, positions_S,
         slot_params if thresholds_S is None else thresholds_S, partial_SBW, VOCAB=num_columns, FIRST=share.first,
@@ -364,18 +381,19 @@ def reduce_rows(
     norms_R2: Tensor,
     tokens_S: Tensor,
     logprobs_S: Tensor,
-    last_tokens: Tensor | None,
-    processed: ProcessedRows | None = None,
+    last: LastTokens | None,
 ) -> None:
     """As `sample_rows`, of what `walk_rows` left of each rank's columns, by rank: contiguous."""
     assert partial_NSBW.is_contiguous()
     num_shares, num_rows, share_blocks, _ = partial_NSBW.shape
     num_blocks = num_shares * share_blocks
+    last_tokens, processors, counts = tokens_S, tokens_S, tokens_S
+    if last is not None:
+        last_tokens, processors, counts = last.tokens, last.tables.processors, last.tables.counts
     _reduce_kernel[(num_rows,)](
-        slots_S if processed is None else processed.copy_of_S, slot_params, slots_S, partial_NSBW, norms_R2, tokens_S,
-        logprobs_S, tokens_S if last_tokens is None else last_tokens, SHARE_BLOCKS=share_blocks,
-        NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks), HAS_LAST=last_tokens is not None,
-        HAS_COPIES=processed is not None, num_warps=1,
+        slot_params, slots_S, partial_NSBW, norms_R2, tokens_S, logprobs_S, last_tokens, processors, counts,
+        SHARE_BLOCKS=share_blocks, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
+        HAS_LAST=last is not None, VOCAB=counts.shape[-1], num_warps=1,
     )  # fmt: skip
 
 
@@ -389,7 +407,7 @@ def sample_rows(
     workspace: SamplingWorkspace,
     tokens_S: Tensor,
     logprobs_S: Tensor,
-    last_tokens: Tensor | None,
+    last: LastTokens | None,
     processed: ProcessedRows | None = None,
 ) -> None:
     """Sample one token per row.
@@ -400,7 +418,7 @@ def sample_rows(
     slot_params, slot_seeds   as `slot_params` has them
     thresholds_S  float32: least logit that may be drawn, or None
     tokens_S, logprobs_S   int32 and float32, written; of a row with NaN or +inf, or all -inf, some token and NaN
-    last_tokens   int32 [slots]: where the slot's token is left for the next step, or None
+    last          where the slots' tokens are left and counted, or None
     processed     rows to draw from processed copies instead (logits are float32 then); log-probabilities of the model
                   stay those of logits_SV
     """
@@ -409,5 +427,4 @@ def sample_rows(
     walk_rows(
         logits_SV, whole, slots_S, positions_S, slot_params, slot_seeds, thresholds_S, partial_SBW, processed
     )  # fmt: skip
-    results = workspace.norms_R2, tokens_S, logprobs_S, last_tokens
-    reduce_rows(partial_SBW[None], slots_S, slot_params, *results, processed)
+    reduce_rows(partial_SBW[None], slots_S, slot_params, workspace.norms_R2, tokens_S, logprobs_S, last)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace.types.request import Float32Array, Int32Array
 
-NUM_PARAMS = 8
+NUM_PARAMS = 9
 TEMPERATURE = tl.constexpr(0)  # T; 0 is greedy
 DIVISOR = tl.constexpr(1)  # of logits in log-probabilities: T or 1
 LOGPROBS_OF = tl.constexpr(2)  # OF_MODEL, OF_SAMPLED or OF_POINT
@@ -24,20 +24,32 @@ TOP_K = tl.constexpr(4)  # 0 is off
 TOP_P = tl.constexpr(5)  # 1 is off
 MIN_P = tl.constexpr(6)  # T log(min_p); -inf is off
 NUM_ASKED = tl.constexpr(7)  # ids whose log-probabilities are wanted
+PROCESSORS = tl.constexpr(8)  # UNPROCESSED, PROCESSED or MASKED
 
 OF_MODEL = tl.constexpr(0)  # log-probabilities of the model's own distribution
 OF_SAMPLED = tl.constexpr(1)  # of the one drawn from: after logits processors, top-k, top-p and min-p
 OF_POINT = tl.constexpr(2)  # of all mass on the token itself: sampled greedily
 
+UNPROCESSED = tl.constexpr(0)  # no logits processor acts: the slot's table of them means nothing
+PROCESSED = tl.constexpr(1)  # bias or penalties do
+MASKED = tl.constexpr(2)  # the mask of stop ids alone does, as long as it lasts
+
 RECORD_SIZE = 1 + NUM_PARAMS + 2
 _NUM_PARAMS = tl.constexpr(NUM_PARAMS)
+_PARAM_LANES = tl.constexpr(triton.next_power_of_2(NUM_PARAMS))
 _RECORD_SIZE = tl.constexpr(RECORD_SIZE)
+
+
+@triton.jit
+def param_ptr(params_ptr, slot, column: tl.constexpr):
+    """Where one parameter of a slot is."""
+    return params_ptr + slot * _NUM_PARAMS + column
 
 
 @triton.jit
 def load_param(params_ptr, slot, column: tl.constexpr):
     """One parameter of a slot."""
-    return tl.load(params_ptr + slot * _NUM_PARAMS + column)
+    return tl.load(param_ptr(params_ptr, slot, column))
 
 
 @triton.jit(do_not_specialize_on_alignment=["records_ptr"])
@@ -46,9 +58,10 @@ def _write_kernel(records_ptr, params_ptr, seeds_ptr):
     slot = tl.load(record_ptr)
     if slot < 0:
         return
-    columns = tl.arange(0, _NUM_PARAMS)
-    target = params_ptr + slot * _NUM_PARAMS + columns
-    tl.store(target, tl.load(record_ptr + 1 + columns).to(tl.float32, bitcast=True))
+    columns = tl.arange(0, _PARAM_LANES)
+    mask = columns < _NUM_PARAMS
+    words = tl.load(record_ptr + 1 + columns, mask=mask, other=0)
+    tl.store(params_ptr + slot * _NUM_PARAMS + columns, words.to(tl.float32, bitcast=True), mask=mask)
     pair = tl.arange(0, 2)
     tl.store(seeds_ptr + 2 * slot + pair, tl.load(record_ptr + 1 + _NUM_PARAMS + pair))
 

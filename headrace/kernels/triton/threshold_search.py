@@ -27,11 +27,16 @@ Reading the row is what costs, so the first pass keeps the three greatest values
 `_bisect` over those settles it: one pass does for a top-k of up to about 100, two for a nucleus of that size. Else
 what that bisection found bounds t from below (fewer values can only weigh less), and `_narrow` begins there.
 
+Most rows need none of that: where top-k is off, `nucleus_bracket` has found a narrow [low, high) and copied what is in
+it, and `_bisect` settles t at once. The search above is for top-k, and for where the bracket turns out to be wrong.
+
 Legend: S rows, V vocabulary.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -40,6 +45,21 @@ from torch import Tensor
 
 from headrace.kernels.triton.fast_math import fast_exp
 from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy
+from headrace.kernels.triton.nucleus_bracket import (
+    ABOVE_SECOND,
+    ABOVE_THIRD,
+    BRACKET_WORDS,
+    EACH,
+    FIRST,
+    NUM_LOWER,
+    PART_WORDS,
+    SECOND,
+    TOP,
+    WANTED,
+    NucleusBracket,
+    bracket_nuclei,
+)
+from headrace.kernels.triton.row_survey import RowSurvey, is_surveyed, weigh
 from headrace.kernels.triton.slot_params import MIN_P, TEMPERATURE, TOP_K, TOP_P, load_param
 
 CAPACITY = 2048
@@ -280,25 +300,41 @@ def _lowest(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     return tl.min(lows, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
-def _thresholds_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, thresholds_ptr,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, REACH: tl.constexpr, HAS_COPIES: tl.constexpr,
+@triton.jit
+def _settle(bracket_ptr, parts_ptr, values_ptr, inverse, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+            SIZE: tl.constexpr):  # fmt: skip
+    """The end of a nucleus that was bracketed, and whether it lies there with all values that it takes at hand."""
+    top = tl.load(bracket_ptr + TOP)
+    wanted = tl.load(bracket_ptr + WANTED)
+    blocks = tl.arange(0, BLOCKS)
+    mask = blocks < NUM_BLOCKS
+    above_second = tl.sum(tl.load(parts_ptr + blocks * PART_WORDS + ABOVE_SECOND, mask=mask, other=0.0), 0)
+    above_third = tl.sum(tl.load(parts_ptr + blocks * PART_WORDS + ABOVE_THIRD, mask=mask, other=0.0), 0)
+    is_upper = above_second >= wanted
+    side = tl.where(is_upper, 1, 0)
+    low = tl.load(bracket_ptr + FIRST + side)
+    high = tl.load(bracket_ptr + SECOND + side)
+    above = tl.where(is_upper, above_third, above_second)
+    nums_ptr = parts_ptr + NUM_LOWER + side
+    most = tl.max(tl.load(nums_ptr + blocks * PART_WORDS, mask=mask, other=0.0), 0)
+    index = tl.arange(0, BLOCKS * SIZE)
+    block = index // SIZE
+    num = tl.load(nums_ptr + block * PART_WORDS, mask=block < NUM_BLOCKS, other=0.0)
+    x = tl.load(values_ptr + side * NUM_BLOCKS * SIZE + index, mask=index % SIZE < num, other=float("-inf"))
+    weights = weigh(x, top, inverse)
+    is_found = (most <= SIZE) & (above < wanted) & (above + tl.sum(weights, 0) >= wanted)
+    threshold = low
+    if is_found:
+        threshold = _bisect(x, weights, low, high, above, wanted)
+    return threshold, is_found
+
+
+@triton.jit
+def _search(
+    row_ptr, scratch, top_k, top_p, temperature, REACH: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, HAS_COPIES)
-    if slot < 0:
-        return
-    temperature = load_param(params_ptr, slot, TEMPERATURE)
-    top_k = load_param(params_ptr, slot, TOP_K)
-    top_p = load_param(params_ptr, slot, TOP_P)
-    min_p_reach = load_param(params_ptr, slot, MIN_P)
-    is_off = (top_k <= 0.0) & (top_p >= 1.0) & (min_p_reach == float("-inf"))
-    if is_off | (temperature <= 0.0):
-        tl.store(thresholds_ptr + row, float("-inf"))
-        return
-    row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, HAS_COPIES)
-    scratch = scratch_ptr + row * CAP
+    """A row's threshold by top-k and top-p, and its greatest value."""
     first, second, thirds = _greatest_of_lanes(row_ptr, VOCAB, BLOCK)
     top = tl.max(first, 0)
     threshold = float("-inf")
@@ -314,34 +350,88 @@ def _thresholds_kernel(
             threshold = _nucleus(
                 row_ptr, scratch, best, third, threshold, reach, top, top_p, inverse, VOCAB, BLOCK, CAP
             )
+    return threshold, top
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
+def _thresholds_kernel(
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, bracket_ptr, parts_ptr, values_ptr,
+    thresholds_ptr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, REACH: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
+    if slot < 0:
+        return
+    temperature = load_param(params_ptr, slot, TEMPERATURE)
+    top_k = load_param(params_ptr, slot, TOP_K)
+    top_p = load_param(params_ptr, slot, TOP_P)
+    min_p_reach = load_param(params_ptr, slot, MIN_P)
+    is_off = (top_k <= 0.0) & (top_p >= 1.0) & (min_p_reach == float("-inf"))
+    if is_off | (temperature <= 0.0):
+        tl.store(thresholds_ptr + row, float("-inf"))
+        return
+    bracket_ptr += row * BRACKET_WORDS
+    parts_ptr += row * NUM_BLOCKS * PART_WORDS
+    values_ptr += row * 2 * NUM_BLOCKS * SIZE
+    top = tl.full([], float("-inf"), tl.float32)
+    threshold = top
+    has_survey = is_surveyed(params_ptr, slot, VOCAB)
+    is_found = False
+    if has_survey:
+        top = tl.load(bracket_ptr + TOP)
+        is_found = (top_p >= 1.0) | (top == float("inf")) | (top == float("-inf"))
+        if is_found == 0:
+            threshold, is_found = _settle(
+                bracket_ptr, parts_ptr, values_ptr, 1.0 / temperature, NUM_BLOCKS, BLOCKS, SIZE
+            )
+    if is_found == 0:
+        row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
+        threshold, top = _search(row_ptr, scratch_ptr + row * CAP, top_k, top_p, temperature, REACH, VOCAB, BLOCK, CAP)
+    if (top < float("inf")) & (top > float("-inf")):
         threshold = tl.maximum(threshold, top + min_p_reach)
     tl.store(thresholds_ptr + row, threshold)
 
 
-def threshold_scratch(max_rows: int, device: torch.device) -> Tensor:
-    """What `find_thresholds` works in."""
-    return torch.empty(max_rows, CAPACITY, dtype=torch.float32, device=device)
+@dataclass(frozen=True)
+class ThresholdWorkspace:
+    """What `find_thresholds` works in, for at most R rows: scratch float32 [R, CAPACITY], and what was bracketed."""
+
+    scratch_RC: Tensor
+    bracket: NucleusBracket
+
+    @classmethod
+    def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> ThresholdWorkspace:
+        """Allocate for `max_rows` rows of `vocab_size` logits."""
+        scratch = torch.empty(max_rows, CAPACITY, dtype=torch.float32, device=device)
+        return cls(scratch, NucleusBracket.make(max_rows, vocab_size, device))
 
 
 def find_thresholds(
     logits_SV: Tensor,
     slot_params: Tensor,
     slots_S: Tensor,
-    scratch: Tensor,
+    processed: ProcessedRows,
+    survey: RowSurvey,
+    workspace: ThresholdWorkspace,
     thresholds_S: Tensor,
-    processed: ProcessedRows | None = None,
 ) -> None:
     """Write the least logit of each row that may be drawn to `thresholds_S` (float32; -inf: all may).
 
-    logits_SV     before division by the temperature, any float dtype, contiguous
+    logits_SV     before division by the temperature, float32, contiguous
     slot_params   as `slot_params` has them; nothing is dropped at temperature 0
     slots_S       int32; a row whose slot is below 0 is skipped
-    processed     rows to read from processed copies instead (logits are float32 then)
+    processed, survey   as `process_rows` left them of these rows: one that has a copy is read from it
     """
     num_rows, vocab_size = logits_SV.shape
     assert logits_SV.is_contiguous() and vocab_size < 1024 * _BLOCK
-    copies, copy_of = (logits_SV, slots_S) if processed is None else (processed.copies_CV, processed.copy_of_S)
+    bracket = workspace.bracket
+    bracket_nuclei(logits_SV, slot_params, slots_S, processed, survey, bracket)
+    num_blocks = bracket.parts_RBW.shape[1]
     _thresholds_kernel[(num_rows,)](
-        logits_SV, copies, copy_of, slot_params, slots_S, scratch, thresholds_S,
-        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, HAS_COPIES=processed is not None, num_warps=8,
+        logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S, workspace.scratch_RC,
+        bracket.bracket_RW, bracket.parts_RBW, bracket.values_R2BE, thresholds_S,
+        VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, NUM_BLOCKS=num_blocks,
+        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=EACH, num_warps=8,
     )  # fmt: skip

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.logits_processors import ProcessedRows, stated_row
-from headrace.kernels.triton.sampling_rows import BLOCK, PARTIAL_WORDS, SamplingWorkspace
+from headrace.kernels.triton.row_survey import BLOCK
+from headrace.kernels.triton.sampling_rows import PARTIAL_WORDS, SamplingWorkspace
 from headrace.kernels.triton.slot_params import (
     DIVISOR,
     LOGPROBS_OF,
@@ -58,17 +59,15 @@ def _distribution_of(
     logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, row, logprobs_of, has_copies, has_thresholds,
     VOCAB: tl.constexpr,
 ):  # fmt: skip
-    """Where the logits are of which a row's log-probabilities are; the least that counts; whether to leave it alone."""
+    """Where the logits are of which a row's log-probabilities are; the least that counts."""
     row_ptr = logits_ptr + row.to(tl.int64) * VOCAB
     threshold = logprobs_of * 0.0 + float("-inf")
-    is_skipped = logprobs_of < 0.0
     if has_copies:
         copy = tl.load(copy_of_ptr + row)
-        is_skipped = copy < -1
         row_ptr = stated_row(logits_ptr, copies_ptr, row, copy, logprobs_of, VOCAB, True)
     if has_thresholds & (logprobs_of == OF_SAMPLED):
         threshold = tl.load(thresholds_ptr + row)
-    return row_ptr, threshold, is_skipped
+    return row_ptr, threshold
 
 
 @triton.jit
@@ -105,10 +104,10 @@ def _top_kernel(
         return
     num_top = load_param(params_ptr, slot, NUM_TOP).to(tl.int32)
     logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
-    row_ptr, threshold, is_skipped = _distribution_of(
+    row_ptr, threshold = _distribution_of(
         logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, row, logprobs_of, has_copies, has_thresholds, VOCAB
     )
-    if is_skipped | (num_top == 0):
+    if num_top == 0:
         return
     is_point = logprobs_of == OF_POINT
     token = tl.load(tokens_ptr + row)
@@ -166,11 +165,9 @@ def _asked_kernel(
         num_asked = 1
         start = row.to(tl.int64)
     logprobs_of = load_param(params_ptr, slot, LOGPROBS_OF)
-    row_ptr, threshold, is_skipped = _distribution_of(
+    row_ptr, threshold = _distribution_of(
         logits_ptr, copies_ptr, copy_of_ptr, thresholds_ptr, row, logprobs_of, has_copies, has_thresholds, VOCAB
     )
-    if is_skipped:
-        return
     columns = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     mask = columns < num_asked
     ids = tl.load(ids_ptr + start + columns, mask=mask, other=VOCAB)
@@ -186,7 +183,7 @@ def _common(rows: SampledRows) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """The leading tensors of both kernels, and which of them mean something."""
     copies, copy_of = rows.logits_SV, rows.slots_S
     if rows.processed is not None:
-        copies, copy_of = rows.processed.copies_CV, rows.processed.copy_of_S
+        copies, copy_of = rows.processed.copies_SV, rows.processed.copy_of_S
     thresholds = rows.slot_params if rows.thresholds_S is None else rows.thresholds_S
     tensors = (rows.logits_SV, copies, copy_of, thresholds, rows.slot_params, rows.slots_S, rows.tokens_S)
     return tensors, (int(rows.processed is not None), int(rows.thresholds_S is not None))

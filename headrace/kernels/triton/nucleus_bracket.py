@@ -1,0 +1,228 @@
+"""Where a row's nucleus ends, to within a few values: a guess, then one look at the row that makes the guess certain.
+
+Owns the two kernels between a row's survey and `threshold_search`, which settles the threshold, or searches anew where
+the guess was wrong. Wanted is the greatest t such that the values >= t weigh `top_p` of all.
+
+The *guess* needs little of the row. What all of it weighs is known from the survey. What values >= t weigh is known of
+those that are the greatest of their group, and estimated of the others from `SAMPLE` values at fixed columns, whose
+ratios are scaled to what the others weigh in all. Where all of the weight is on a few values those are known, and where
+it is spread over many the sample is a good one. t is guessed to lie in [a, c), several standard errors of that estimate
+around b.
+
+The *look* leaves of every block what its values >= b and >= c weigh, and the values in [a, b) and in [b, c), `EACH` of
+each at most. A block whose greatest value is below a has none of it, and is not read.
+
+Legend: R rows, B blocks of a row, E values.
+"""
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy
+from headrace.kernels.triton.row_survey import BLOCK, GROUP, RowSurvey, is_surveyed, weigh
+from headrace.kernels.triton.slot_params import TEMPERATURE, TOP_P, load_param
+
+SAMPLE = 8192
+"""Values of a row that are looked at for a guess."""
+EACH = 128
+"""Values of a block that are kept from each side of a guess."""
+
+TOP, WANTED, FIRST, SECOND, THIRD = (tl.constexpr(word) for word in range(5))
+"""Of a bracket: the row's greatest value, the weight wanted in units of its, and a, b and c."""
+BRACKET_WORDS = tl.constexpr(8)
+ABOVE_SECOND, ABOVE_THIRD, NUM_LOWER, NUM_UPPER = (tl.constexpr(word) for word in range(4))
+"""Of a block: what its values >= b and >= c weigh, and how many lie in [a, b) and in [b, c)."""
+PART_WORDS = tl.constexpr(4)
+
+_NEIGHBOURS = tl.constexpr(8)  # of the sample: as many as memory is read in
+_ERRORS = tl.constexpr(4.0)  # standard errors between b and the ends
+_REACH = tl.constexpr(32.0)  # in units of T: what weighs less than exp(-32) of the greatest is never needed
+_HALVINGS = tl.constexpr(16)  # of the reach, until b is found
+_END_HALVINGS = tl.constexpr(10)  # of T, until a and c are
+_LEAST = tl.constexpr(1e-30)
+_ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another order may come to
+
+
+@dataclass(frozen=True)
+class NucleusBracket:
+    """bracket float32 [R, BRACKET_WORDS], parts float32 [R, B, PART_WORDS], values float32 [R, 2, B, E]."""
+
+    bracket_RW: Tensor
+    parts_RBW: Tensor
+    values_R2BE: Tensor
+
+    @classmethod
+    def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> NucleusBracket:
+        """Allocate for `max_rows` rows of `vocab_size` logits."""
+        num_blocks = triton.cdiv(vocab_size, BLOCK)
+        bracket, part = (max_rows, BRACKET_WORDS.value), (max_rows, num_blocks, PART_WORDS.value)
+        shapes = bracket, part, (max_rows, 2, num_blocks, EACH)
+        return cls(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes))
+
+
+@triton.jit
+def _total(peaks_ptr, top, inverse, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
+    """What a row weighs."""
+    blocks = tl.arange(0, BLOCKS)
+    mask = blocks < NUM_BLOCKS
+    peaks = tl.load(peaks_ptr + 2 * blocks, mask=mask, other=float("-inf"))
+    weights = tl.load(peaks_ptr + 2 * blocks + 1, mask=mask, other=0.0)
+    return tl.sum(weigh(peaks, top, inverse) * weights, 0)
+
+
+@triton.jit
+def _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB: tl.constexpr, GROUP_V: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE values of a row, and what they weigh: nothing, if they are the greatest of their group."""
+    index = tl.arange(0, SIZE)
+    near = index // _NEIGHBOURS * (VOCAB // _NEIGHBOURS) // (SIZE // _NEIGHBOURS)
+    columns = near * _NEIGHBOURS + index % _NEIGHBOURS
+    x = load_logits(row_ptr, columns, VOCAB)
+    greatest = tl.load(maxima_ptr + columns // GROUP_V, mask=columns < VOCAB, other=float("-inf"))
+    return x, tl.where(x < greatest, weigh(x, top, inverse), 0.0)
+
+
+@triton.jit
+def _estimated(maxima, held, sample, weights, scale, t):
+    """What the values >= t weigh."""
+    return tl.sum(tl.where(maxima >= t, held, 0.0), 0) + scale * tl.sum(tl.where(sample >= t, weights, 0.0), 0)
+
+
+@triton.jit
+def _guess(maxima, held, sample, weights, total, top, temperature, wanted):
+    """a, b and c."""
+    all_weights = tl.maximum(tl.sum(weights, 0), _LEAST)
+    scale = tl.maximum(total - tl.sum(held, 0), 0.0) / all_weights
+    low = top - _REACH * temperature
+    high = top
+    for _ in range(_HALVINGS):
+        middle = low + 0.5 * (high - low)
+        is_enough = _estimated(maxima, held, sample, weights, scale, middle) >= wanted
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle)
+    b = low
+    reaching = tl.where(sample >= b, weights, 0.0)
+    deviation = reaching - weights * (tl.sum(reaching, 0) / all_weights)
+    slack = _ERRORS * scale * tl.sqrt(tl.sum(deviation * deviation, 0)) + _ROUNDING * wanted
+    a = b - temperature
+    below_c = b
+    a_high = b
+    c = b + temperature
+    for _ in range(_END_HALVINGS):
+        middle = a + 0.5 * (a_high - a)
+        is_enough = _estimated(maxima, held, sample, weights, scale, middle) >= wanted + slack
+        a = tl.where(is_enough, middle, a)
+        a_high = tl.where(is_enough, a_high, middle)
+        middle = below_c + 0.5 * (c - below_c)
+        is_enough = _estimated(maxima, held, sample, weights, scale, middle) >= wanted - slack
+        below_c = tl.where(is_enough, middle, below_c)
+        c = tl.where(is_enough, c, middle)
+    return a, b, c
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
+def _guess_kernel(
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, maxima_ptr, peaks_ptr, bracket_ptr,
+    VOCAB: tl.constexpr, GROUP_V: tl.constexpr, GROUPS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
+    if slot < 0:
+        return
+    if is_surveyed(params_ptr, slot, VOCAB) == 0:
+        return
+    maxima_ptr += row * NUM_BLOCKS * GROUPS
+    peaks_ptr += row * NUM_BLOCKS * 2
+    bracket_ptr += row * BRACKET_WORDS
+    groups = tl.arange(0, BLOCKS * GROUPS)
+    maxima = tl.load(maxima_ptr + groups, mask=groups < NUM_BLOCKS * GROUPS, other=float("-inf"))
+    top = tl.max(maxima, 0)
+    tl.store(bracket_ptr + TOP, top)
+    top_p = load_param(params_ptr, slot, TOP_P)
+    if (top_p < 1.0) & (top < float("inf")) & (top > float("-inf")):
+        temperature = load_param(params_ptr, slot, TEMPERATURE)
+        inverse = 1.0 / temperature
+        total = _total(peaks_ptr, top, inverse, NUM_BLOCKS, BLOCKS)
+        row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
+        sample, weights = _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB, GROUP_V, SIZE)
+        wanted = top_p * total
+        a, b, c = _guess(maxima, weigh(maxima, top, inverse), sample, weights, total, top, temperature, wanted)
+        tl.store(bracket_ptr + WANTED, wanted)
+        tl.store(bracket_ptr + FIRST, a)
+        tl.store(bracket_ptr + SECOND, b)
+        tl.store(bracket_ptr + THIRD, c)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
+def _look_kernel(
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, peaks_ptr, bracket_ptr, parts_ptr, values_ptr,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    row = tl.program_id(1)
+    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
+    if slot < 0:
+        return
+    if (is_surveyed(params_ptr, slot, VOCAB) == 0) | (load_param(params_ptr, slot, TOP_P) >= 1.0):
+        return
+    bracket_ptr += row * BRACKET_WORDS
+    parts_ptr += (row * NUM_BLOCKS + block) * PART_WORDS
+    top = tl.load(bracket_ptr + TOP)
+    if (top < float("inf")) & (top > float("-inf")):
+        a = tl.load(bracket_ptr + FIRST)
+        above_b = 0.0
+        above_c = 0.0
+        num = tl.full([], 0, tl.int32)
+        if tl.load(peaks_ptr + 2 * (row * NUM_BLOCKS + block)) >= a:
+            b = tl.load(bracket_ptr + SECOND)
+            c = tl.load(bracket_ptr + THIRD)
+            row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
+            x = load_logits(row_ptr, block * BLOCK_V + tl.arange(0, BLOCK_V), VOCAB)
+            weights = weigh(x, top, 1.0 / load_param(params_ptr, slot, TEMPERATURE))
+            above_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
+            above_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
+            is_lower = (x >= a) & (x < b)
+            is_upper = (x >= b) & (x < c)
+            ones = tl.where(is_lower, 1, 0) + tl.where(is_upper, 65536, 0)  # two numbers in one
+            ends = tl.cumsum(ones, 0)
+            num = tl.sum(ones, 0)
+            places = tl.where(is_upper, ends >> 16, ends & 65535) - 1
+            target = values_ptr + (2 * row * NUM_BLOCKS + tl.where(is_upper, NUM_BLOCKS, 0) + block) * SIZE + places
+            tl.store(target, x, mask=(is_lower | is_upper) & (places < SIZE))
+        tl.store(parts_ptr + ABOVE_SECOND, above_b)
+        tl.store(parts_ptr + ABOVE_THIRD, above_c)
+        tl.store(parts_ptr + NUM_LOWER, (num & 65535).to(tl.float32))
+        tl.store(parts_ptr + NUM_UPPER, (num >> 16).to(tl.float32))
+
+
+def bracket_nuclei(
+    logits_SV: Tensor,
+    slot_params: Tensor,
+    slots_S: Tensor,
+    processed: ProcessedRows,
+    survey: RowSurvey,
+    found: NucleusBracket,
+) -> None:
+    """Bracket the nucleus of every row that has a survey and a top-p; of all that have one, the greatest value is left.
+
+    What is given is as in `find_thresholds`.
+    """
+    num_rows, vocab_size = logits_SV.shape
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    rows = logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S
+    _guess_kernel[(num_rows,)](
+        *rows, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW,
+        VOCAB=vocab_size, GROUP_V=GROUP, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks,
+        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=SAMPLE, num_warps=8,
+    )  # fmt: skip
+    _look_kernel[(num_blocks, num_rows)](
+        *rows, survey.peaks_RB2, found.bracket_RW, found.parts_RBW, found.values_R2BE,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, NUM_BLOCKS=num_blocks, SIZE=EACH, num_warps=8,
+    )  # fmt: skip
