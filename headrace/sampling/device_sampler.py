@@ -38,7 +38,6 @@ from headrace.kernels.triton.sampling_rows import (
 )
 from headrace.kernels.triton.slot_params import (
     NUM_ASKED,
-    NUM_PARAMS,
     NUM_TOP,
     PROCESSED,
     PROCESSORS,
@@ -52,7 +51,8 @@ from headrace.kernels.triton.top_rows import LIST_SIZES, SampledRows, asked_rows
 from headrace.sampling.device_results import Columns, PendingExtras, PendingScores, to_host
 from headrace.sampling.device_slots import DeviceSlots, slot_params
 from headrace.types.plan import SamplePatch, SlotInit
-from headrace.types.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
+from headrace.types.request import TokenSampling
+from headrace.types.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS, LogprobOptions
 
 __all__ = ["RECORD_SIZE", "DeviceSampler", "PendingExtras", "PendingScores"]
 
@@ -234,7 +234,7 @@ class DeviceSampler:
         rows = self.sample(*given, plain=True)
         for allowed in (None, AllowedTokens(masks, slots)):
             rows = self.sample(*given, plain=False, allowed=allowed)
-        params = torch.ones(2, NUM_PARAMS, dtype=torch.float32, device=self._device)
+        params = self._slots.upload(np.stack(2 * [slot_params(TokenSampling(), LogprobOptions(), "raw", 1)]))
         for plain in (True, False):
             self._sample_scored(logits, params, 0, plain=plain)
         for size in LIST_SIZES:
