@@ -7,12 +7,12 @@ The *guess* needs little of the row. What all of it weighs is known from the sur
 those that are the greatest of their group, and estimated of the others from `SAMPLE` values at fixed columns, whose
 ratios are scaled to what the others weigh in all. Where all of the weight is on a few values those are known, and where
 it is spread over many the sample is a good one. t is guessed to lie in [a, c), several standard errors of that estimate
-around b.
+around b; and where few values lie above it, in the range of as many as can be kept.
 
-The *look* leaves of every block what its values >= b and >= c weigh, and the values in [a, b) and in [b, c), `EACH` of
-each at most. A block whose greatest value is below a has none of it, and is not read.
+The *look* leaves of every block what its values >= a, >= b and >= c weigh, how many they are, and the values in [a, b)
+and in [b, c), as many of each as there is room for. A block whose greatest value is below a is not read.
 
-Legend: R rows, B blocks of a row, E values.
+Legend: R rows, B blocks of a row, E values kept of a block and side.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
@@ -31,28 +31,31 @@ from headrace.kernels.triton.slot_params import TEMPERATURE, TOP_P, load_param
 
 SAMPLE = 8192
 """Values of a row that are looked at for a guess."""
-EACH = 128
-"""Values of a block that are kept from each side of a guess."""
+KEPT = 8192
+"""Values of a row that can be kept from each side of a guess, shared evenly between its blocks."""
 
 TOP, WANTED, FIRST, SECOND, THIRD = (tl.constexpr(word) for word in range(5))
 """Of a bracket: the row's greatest value, the weight wanted in units of its, and a, b and c."""
 BRACKET_WORDS = tl.constexpr(8)
-ABOVE_SECOND, ABOVE_THIRD, NUM_LOWER, NUM_UPPER = (tl.constexpr(word) for word in range(4))
-"""Of a block: what its values >= b and >= c weigh, and how many lie in [a, b) and in [b, c)."""
-PART_WORDS = tl.constexpr(4)
+WEIGHT, NUM = tl.constexpr(0), tl.constexpr(3)
+"""Of a block: what its values >= a weigh, then those >= b and >= c; and likewise how many they are."""
+PART_WORDS = tl.constexpr(8)
 
 _NEIGHBOURS = tl.constexpr(8)  # of the sample: as many as memory is read in
 _ERRORS = tl.constexpr(4.0)  # standard errors between b and the ends
 _REACH = tl.constexpr(32.0)  # in units of T: what weighs less than exp(-32) of the greatest is never needed
 _HALVINGS = tl.constexpr(16)  # of the reach, until b is found
-_END_HALVINGS = tl.constexpr(10)  # of T, until a and c are
+_FEW = tl.constexpr(512)  # groups: as many as reach a, at least
+_SPAN = tl.constexpr(2.0)  # in units of T: of [a, b) and [b, c) at most
+_SPAN_HALVINGS = tl.constexpr(11)
 _LEAST = tl.constexpr(1e-30)
 _ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another order may come to
 
 
 @dataclass(frozen=True)
 class NucleusBracket:
-    """bracket float32 [R, BRACKET_WORDS], parts float32 [R, B, PART_WORDS], values float32 [R, 2, B, E]."""
+    """bracket float32 [R, BRACKET_WORDS], parts float32 [R, B, PART_WORDS], values float32 [R, 2, B, E]; the
+    numbers in it are below 2^24."""
 
     bracket_RW: Tensor
     parts_RBW: Tensor
@@ -63,7 +66,7 @@ class NucleusBracket:
         """Allocate for `max_rows` rows of `vocab_size` logits."""
         num_blocks = triton.cdiv(vocab_size, BLOCK)
         bracket, part = (max_rows, BRACKET_WORDS.value), (max_rows, num_blocks, PART_WORDS.value)
-        shapes = bracket, part, (max_rows, 2, num_blocks, EACH)
+        shapes = bracket, part, (max_rows, 2, num_blocks, KEPT // num_blocks)
         return cls(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes))
 
 
@@ -99,22 +102,27 @@ def _guess(maxima, held, sample, weights, total, top, temperature, wanted):
     """a, b and c."""
     all_weights = tl.maximum(tl.sum(weights, 0), _LEAST)
     scale = tl.maximum(total - tl.sum(held, 0), 0.0) / all_weights
-    low = top - _REACH * temperature
-    high = top
+    b = top - _REACH * temperature
+    few = b
+    b_high = top
+    few_high = top
     for _ in range(_HALVINGS):
-        middle = low + 0.5 * (high - low)
+        middle = b + 0.5 * (b_high - b)
         is_enough = _estimated(maxima, held, sample, weights, scale, middle) >= wanted
-        low = tl.where(is_enough, middle, low)
-        high = tl.where(is_enough, high, middle)
-    b = low
+        b = tl.where(is_enough, middle, b)
+        b_high = tl.where(is_enough, b_high, middle)
+        middle = few + 0.5 * (few_high - few)
+        are_enough = tl.sum(tl.where(maxima >= middle, 1, 0), 0) >= _FEW
+        few = tl.where(are_enough, middle, few)
+        few_high = tl.where(are_enough, few_high, middle)
     reaching = tl.where(sample >= b, weights, 0.0)
     deviation = reaching - weights * (tl.sum(reaching, 0) / all_weights)
     slack = _ERRORS * scale * tl.sqrt(tl.sum(deviation * deviation, 0)) + _ROUNDING * wanted
-    a = b - temperature
+    a = b - _SPAN * temperature
     below_c = b
     a_high = b
-    c = b + temperature
-    for _ in range(_END_HALVINGS):
+    c = b + _SPAN * temperature
+    for _ in range(_SPAN_HALVINGS):
         middle = a + 0.5 * (a_high - a)
         is_enough = _estimated(maxima, held, sample, weights, scale, middle) >= wanted + slack
         a = tl.where(is_enough, middle, a)
@@ -123,6 +131,9 @@ def _guess(maxima, held, sample, weights, total, top, temperature, wanted):
         is_enough = _estimated(maxima, held, sample, weights, scale, middle) >= wanted - slack
         below_c = tl.where(is_enough, middle, below_c)
         c = tl.where(is_enough, c, middle)
+    if few < b:
+        a = tl.minimum(a, few)
+        c = float("inf")
     return a, b, c
 
 
@@ -177,29 +188,38 @@ def _look_kernel(
     top = tl.load(bracket_ptr + TOP)
     if (top < float("inf")) & (top > float("-inf")):
         a = tl.load(bracket_ptr + FIRST)
-        above_b = 0.0
-        above_c = 0.0
-        num = tl.full([], 0, tl.int32)
+        weight_a = 0.0
+        weight_b = 0.0
+        weight_c = 0.0
+        num_a = 0
+        num_b = 0
+        num_c = 0
         if tl.load(peaks_ptr + 2 * (row * NUM_BLOCKS + block)) >= a:
             b = tl.load(bracket_ptr + SECOND)
             c = tl.load(bracket_ptr + THIRD)
             row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
             x = load_logits(row_ptr, block * BLOCK_V + tl.arange(0, BLOCK_V), VOCAB)
             weights = weigh(x, top, 1.0 / load_param(params_ptr, slot, TEMPERATURE))
-            above_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
-            above_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
-            is_lower = (x >= a) & (x < b)
+            weight_a = tl.sum(tl.where(x >= a, weights, 0.0), 0)
+            weight_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
+            weight_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
+            num_c = tl.sum(tl.where(x >= c, 1, 0), 0)
             is_upper = (x >= b) & (x < c)
-            ones = tl.where(is_lower, 1, 0) + tl.where(is_upper, 65536, 0)  # two numbers in one
+            is_inside = (x >= a) & (x < c)
+            ones = tl.where(is_inside, tl.where(is_upper, 65536, 1), 0)  # two numbers in one
             ends = tl.cumsum(ones, 0)
-            num = tl.sum(ones, 0)
+            num_inside = tl.sum(ones, 0)
+            num_b = num_c + (num_inside >> 16)
+            num_a = num_b + (num_inside & 65535)
             places = tl.where(is_upper, ends >> 16, ends & 65535) - 1
             target = values_ptr + (2 * row * NUM_BLOCKS + tl.where(is_upper, NUM_BLOCKS, 0) + block) * SIZE + places
-            tl.store(target, x, mask=(is_lower | is_upper) & (places < SIZE))
-        tl.store(parts_ptr + ABOVE_SECOND, above_b)
-        tl.store(parts_ptr + ABOVE_THIRD, above_c)
-        tl.store(parts_ptr + NUM_LOWER, (num & 65535).to(tl.float32))
-        tl.store(parts_ptr + NUM_UPPER, (num >> 16).to(tl.float32))
+            tl.store(target, x, mask=is_inside & (places < SIZE))
+        tl.store(parts_ptr + WEIGHT, weight_a)
+        tl.store(parts_ptr + WEIGHT + 1, weight_b)
+        tl.store(parts_ptr + WEIGHT + 2, weight_c)
+        tl.store(parts_ptr + NUM, num_a * 1.0)
+        tl.store(parts_ptr + NUM + 1, num_b * 1.0)
+        tl.store(parts_ptr + NUM + 2, num_c * 1.0)
 
 
 def bracket_nuclei(
@@ -224,5 +244,5 @@ def bracket_nuclei(
     )  # fmt: skip
     _look_kernel[(num_blocks, num_rows)](
         *rows, survey.peaks_RB2, found.bracket_RW, found.parts_RBW, found.values_R2BE,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, NUM_BLOCKS=num_blocks, SIZE=EACH, num_warps=8,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, NUM_BLOCKS=num_blocks, SIZE=KEPT // num_blocks, num_warps=16,
     )  # fmt: skip

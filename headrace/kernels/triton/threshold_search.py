@@ -4,31 +4,15 @@ Meaning and ties are those of `headrace.sampling.thresholds`: a token stays if i
 program does a row. Sums are float32 in an order that the vocabulary size fixes, so a row's threshold never depends on
 the batch.
 
-Both top-k and top-p ask for *the greatest t such that the values >= t weigh `wanted`*. For top-k each value weighs 1
-and k is wanted. For top-p a value x of those that top-k left weighs exp((x - top) / T), and top_p of their sum is
-wanted. The weight of {x >= t} only grows as t falls, so t can be bracketed. Every search below keeps one invariant:
+Both top-k and top-p ask for *the greatest t such that the values >= t weigh `wanted`*, which `weight_search` finds.
 
-    weight{x >= low} >= wanted > weight{x >= high},   low <= t < high,   above = weight{x >= high}
+Reading the row is what costs. Where top-k is off, `nucleus_bracket` has found a narrow [low, high) and copied what it
+holds, and `bisect` settles t at once; where that was wrong or too wide, `narrow` begins with what is known of it.
 
-`_narrow` reads the row again and again: it weighs at three values between low and high at once, and goes on with the
-quarter that keeps the invariant, until few enough values are left in [low, high). `_bisect` then settles t exactly over
-values that are at hand: float32, taken as integers in the same order, are halved until high is low's neighbour.
-
-Example: the values 5 3 3 1 0, a top-k of 2, T = 1. Begin with low = 0 (5 values reach it) and high just above 5 (none):
-
-    narrow at 1.25, 2.5, 3.75   3, 3 and 1 values reach them, 2 are wanted: [2.5, 3.75), above = 1
-    bisect [2.5, 3.75)          at 3.125 1 value reaches, at 2.8125 3 do, ... t = 3, and both that tie there stay
-
-Then top_p = 0.8 of what is left, 5 3 3: they weigh 1, e^-2 and e^-2, together 1.27. From [3, just above 5) with 1.02
-wanted: 5 alone weighs 1, too little; all three do, so again t = 3. With top_p = 0.7, 0.89 is wanted, and t = 5.
-
-Reading the row is what costs, so the first pass keeps the three greatest values of each of its lanes (a lane sees every
+Where top-k is on, the first pass keeps the three greatest values of each of its lanes (a lane sees every
 `_BLOCK`-th column). Where t lies above every lane's third, whatever reaches t is among the first two of all lanes, and
-`_bisect` over those settles it: one pass does for a top-k of up to about 100, two for a nucleus of that size. Else
-what that bisection found bounds t from below (fewer values can only weigh less), and `_narrow` begins there.
-
-Most rows need none of that: where top-k is off, `nucleus_bracket` has found a narrow [low, high) and copied what is in
-it, and `_bisect` settles t at once. The search above is for top-k, and for where the bracket turns out to be wrong.
+`bisect` over those settles it: one pass does for a top-k of up to about 100, two for a nucleus of that size. Else
+what that bisection found bounds t from below (fewer values can only weigh less), and `narrow` begins there.
 
 Legend: S rows, V vocabulary.
 """
@@ -43,152 +27,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.fast_math import fast_exp
-from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy
+from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, slot_and_copy
 from headrace.kernels.triton.nucleus_bracket import (
-    ABOVE_SECOND,
-    ABOVE_THIRD,
     BRACKET_WORDS,
-    EACH,
     FIRST,
-    NUM_LOWER,
+    KEPT,
+    NUM,
     PART_WORDS,
-    SECOND,
     TOP,
     WANTED,
+    WEIGHT,
     NucleusBracket,
     bracket_nuclei,
 )
 from headrace.kernels.triton.row_survey import RowSurvey, is_surveyed, weigh
 from headrace.kernels.triton.slot_params import MIN_P, TEMPERATURE, TOP_K, TOP_P, load_param
+from headrace.kernels.triton.weight_search import (
+    bisect,
+    collect,
+    load_lanes,
+    narrow,
+    narrowed,
+    next_above,
+    weigh_above,
+    weights_of,
+)
 
 CAPACITY = 2048
 """Values copied to be settled at once."""
 
 _BLOCK = 2048  # lanes
 _REACH = 32.0  # weights below exp(-32) of the greatest are never needed to make up a mass
-
-
-@triton.jit
-def ordered_bits(x):
-    """float32 as int32 in the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def unordered_bits(key):
-    """The float32 that `ordered_bits` gave `key` for."""
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _next_above(x):
-    """The least float32 greater than x."""
-    return unordered_bits(ordered_bits(x) + 1)
-
-
-@triton.jit
-def _load(row_ptr, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    return load_logits(row_ptr, start + tl.arange(0, BLOCK), VOCAB)
-
-
-@triton.jit
-def _weights(x, least, top, inverse):
-    """What softmax gives values, in units of the greatest's; those below `least` weigh nothing."""
-    return tl.where(x >= least, fast_exp((x - top) * inverse), 0.0)
-
-
-@triton.jit
-def _weigh_above(
-    row_ptr, a, b, c, least, top, inverse, VOCAB: tl.constexpr, BLOCK: tl.constexpr, BY_MASS: tl.constexpr
-):  # fmt: skip
-    """What the values that reach a, b and c weigh (BY_MASS: as `_weights`; else one each), and how many they are."""
-    sum_a = tl.zeros([BLOCK], tl.float32)
-    sum_b = tl.zeros([BLOCK], tl.float32)
-    sum_c = tl.zeros([BLOCK], tl.float32)
-    num = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
-        x = _load(row_ptr, start, VOCAB, BLOCK)
-        if BY_MASS:
-            weight = _weights(x, least, top, inverse)
-            sum_a += tl.where(x >= a, weight, 0.0)
-            sum_b += tl.where(x >= b, weight, 0.0)
-            sum_c += tl.where(x >= c, weight, 0.0)
-        # Three counts share an int32: a lane sees V / BLOCK values, fewer than 1024.
-        num += tl.where(x >= a, 1, 0) + tl.where(x >= b, 1024, 0) + tl.where(x >= c, 1048576, 0)
-    num_a, num_b = tl.sum(num & 1023, 0), tl.sum((num >> 10) & 1023, 0)
-    if BY_MASS:
-        return tl.sum(sum_a, 0), tl.sum(sum_b, 0), tl.sum(sum_c, 0), num_a, num_b, tl.sum(num >> 20, 0)
-    else:
-        num_c = tl.sum(num >> 20, 0)
-        return num_a.to(tl.float32), num_b.to(tl.float32), num_c.to(tl.float32), num_a, num_b, num_c
-
-
-@triton.jit
-def _collect(row_ptr, scratch, low, high, VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr):
-    """The first CAP values in [low, high), in order of their columns, -inf in the rest of [CAP]; the number of all."""
-    count = 0
-    for start in range(0, VOCAB, BLOCK):
-        x = _load(row_ptr, start, VOCAB, BLOCK)
-        inside = ((x >= low) & (x < high)).to(tl.int32)
-        num_inside = tl.sum(inside, 0)
-        if num_inside > 0:
-            targets = count + tl.cumsum(inside, 0) - 1
-            tl.store(scratch + targets, x, mask=(inside > 0) & (targets < CAP))
-        count += num_inside
-    tl.debug_barrier()  # this program's own stores, read by its other threads
-    indices = tl.arange(0, CAP)
-    x = tl.load(scratch + indices, mask=indices < count, other=float("-inf"))
-    tl.debug_barrier()
-    return x, count
-
-
-@triton.jit
-def _bisect(x, weight, low, high, above, wanted):
-    """The greatest t in [low, high) such that the values >= t of x weigh `wanted`, with `above` from beyond high."""
-    keys = ordered_bits(x)
-    low_key = ordered_bits(low).to(tl.int64)
-    high_key = ordered_bits(high).to(tl.int64)
-    while high_key - low_key > 1:
-        middle = (low_key + high_key) // 2
-        is_enough = above + tl.sum(tl.where(keys >= middle.to(tl.int32), weight, 0.0), 0) >= wanted
-        low_key = tl.where(is_enough, middle, low_key)
-        high_key = tl.where(is_enough, high_key, middle)
-    return unordered_bits(low_key.to(tl.int32))
-
-
-@triton.jit
-def _narrow(
-    row_ptr, low, num_low, top, wanted, least, inverse,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, BY_MASS: tl.constexpr,
-):  # fmt: skip
-    """A range [low, high) that holds the threshold and at most CAP values, or equal ones alone.
-
-    `num_low` values reach the given low, and weigh enough. Returns the range, the weight from beyond it, and the
-    numbers of values >= low and >= high.
-    """
-    high = _next_above(top)
-    above = 0.0
-    num_high = 0
-    shrinks = True
-    while (num_low - num_high > CAP) & shrinks:
-        b = low + (high - low) * 0.5
-        a = low + (b - low) * 0.5
-        c = b + (high - b) * 0.5
-        sum_a, sum_b, sum_c, num_a, num_b, num_c = _weigh_above(
-            row_ptr, a, b, c, least, top, inverse, VOCAB, BLOCK, BY_MASS
-        )
-        shrinks = (b > low) & (b < high)  # else low and high are neighbours
-        has_a = sum_a >= wanted
-        has_b = sum_b >= wanted
-        has_c = sum_c >= wanted
-        low = tl.where(has_c, c, tl.where(has_b, b, tl.where(has_a, a, low)))
-        num_low = tl.where(has_c, num_c, tl.where(has_b, num_b, tl.where(has_a, num_a, num_low)))
-        high = tl.where(has_c, high, tl.where(has_b, c, tl.where(has_a, b, a)))
-        above = tl.where(has_c, above, tl.where(has_b, sum_c, tl.where(has_a, sum_b, sum_a)))
-        num_high = tl.where(has_c, num_high, tl.where(has_b, num_c, tl.where(has_a, num_b, num_a)))
-    return low, high, above, num_low, num_high
 
 
 @triton.jit
@@ -201,9 +70,9 @@ def _kth(
 
     `best` holds the greatest two values of every lane, `third` the greatest that is not among them.
     """
-    high = _next_above(top)
+    high = next_above(top)
     nothing = tl.full([], float("-inf"), tl.float32)
-    found = _bisect(best, tl.where(best > nothing, 1.0, 0.0), nothing, high, 0.0, top_k)
+    found = bisect(best, tl.where(best > nothing, 1.0, 0.0), nothing, high, 0.0, top_k)
     threshold = found
     is_done = top_p >= 1.0
     if third < found:
@@ -218,8 +87,8 @@ def _kth(
 @triton.jit
 def _nucleus_within(x, least, high, top, top_p, inverse):
     """The greatest threshold whose values of x hold top_p of the mass of those that reach `least`."""
-    weight = _weights(x, least, top, inverse)
-    return _bisect(x, weight, least, high, 0.0, top_p * tl.sum(weight, 0))
+    weight = weights_of(x, least, top, inverse)
+    return bisect(x, weight, least, high, 0.0, top_p * tl.sum(weight, 0))
 
 
 @triton.jit
@@ -234,16 +103,16 @@ def _kth_from(
     num_high = 0
     threshold = float("-inf")
     is_done = top_p >= 1.0
-    x, count = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+    x, count = collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
     if count >= top_k:
         if count > CAP:
-            low, high, above, num_low, num_high = _narrow(
-                row_ptr, low, count, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
+            low, high, above, num_low, num_high = narrow(
+                row_ptr, low, high, 0.0, count, 0, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
             )
-            x, count = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
+            x, count = collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
         threshold = low  # neighbours: every value left is `low` itself
         if count <= CAP:
-            threshold = _bisect(x, tl.where(x >= low, 1.0, 0.0), low, high, above, top_k)
+            threshold = bisect(x, tl.where(x >= low, 1.0, 0.0), low, high, above, top_k)
             if (num_high == 0) & (top_p < 1.0):
                 threshold = _nucleus_within(x, threshold, high, top, top_p, inverse)
                 is_done = True
@@ -257,21 +126,17 @@ def _nucleus(
 ):  # fmt: skip
     """The greatest threshold whose values hold top_p of the mass of those that reach `least`; at least `reach`."""
     low = tl.maximum(reach, least)
-    high = _next_above(top)
-    total, near, _, _, num_low, _ = _weigh_above(row_ptr, least, low, top, least, top, inverse, VOCAB, BLOCK, True)
+    high = next_above(top)
+    total, near, _, _, num_low, _ = weigh_above(row_ptr, least, low, top, least, top, inverse, VOCAB, BLOCK, True)
     wanted = top_p * total
     nothing = tl.full([], float("-inf"), tl.float32)
-    threshold = _bisect(best, _weights(best, least, top, inverse), nothing, high, 0.0, wanted)
+    threshold = bisect(best, weights_of(best, least, top, inverse), nothing, high, 0.0, wanted)
     if third >= threshold:
-        threshold = least  # should rounding leave a mass of nearly nothing to find: everything stays
+        threshold = least  # as in `narrowed`
         if near >= wanted:
-            low, high, above, num_low, num_high = _narrow(
-                row_ptr, low, num_low, top, wanted, least, inverse, VOCAB, BLOCK, CAP, True
+            threshold = narrowed(
+                row_ptr, scratch, low, high, 0.0, num_low, 0, top, wanted, least, inverse, VOCAB, BLOCK, CAP
             )
-            threshold = low
-            if num_low - num_high <= CAP:
-                x, _ = _collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
-                threshold = _bisect(x, _weights(x, least, top, inverse), low, high, above, wanted)
     return threshold
 
 
@@ -282,7 +147,7 @@ def _greatest_of_lanes(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     second = first
     third = first
     for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=4):
-        x = _load(row_ptr, start, VOCAB, BLOCK)
+        x = load_lanes(row_ptr, start, VOCAB, BLOCK)
         lesser = tl.minimum(first, x)
         first = tl.maximum(first, x)
         third = tl.maximum(third, tl.minimum(second, lesser))
@@ -295,46 +160,77 @@ def _lowest(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """The least value that is not -inf."""
     lows = tl.full([BLOCK], float("inf"), tl.float32)
     for start in tl.range(0, VOCAB, BLOCK, loop_unroll_factor=2):
-        x = _load(row_ptr, start, VOCAB, BLOCK)
+        x = load_lanes(row_ptr, start, VOCAB, BLOCK)
         lows = tl.minimum(lows, tl.where(x == float("-inf"), float("inf"), x))
     return tl.min(lows, 0)
 
 
 @triton.jit
-def _settle(bracket_ptr, parts_ptr, values_ptr, inverse, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-            SIZE: tl.constexpr):  # fmt: skip
-    """The end of a nucleus that was bracketed, and whether it lies there with all values that it takes at hand."""
-    top = tl.load(bracket_ptr + TOP)
-    wanted = tl.load(bracket_ptr + WANTED)
+def _sum_parts(parts_ptr, word, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
     blocks = tl.arange(0, BLOCKS)
-    mask = blocks < NUM_BLOCKS
-    above_second = tl.sum(tl.load(parts_ptr + blocks * PART_WORDS + ABOVE_SECOND, mask=mask, other=0.0), 0)
-    above_third = tl.sum(tl.load(parts_ptr + blocks * PART_WORDS + ABOVE_THIRD, mask=mask, other=0.0), 0)
-    is_upper = above_second >= wanted
-    side = tl.where(is_upper, 1, 0)
-    low = tl.load(bracket_ptr + FIRST + side)
-    high = tl.load(bracket_ptr + SECOND + side)
-    above = tl.where(is_upper, above_third, above_second)
-    nums_ptr = parts_ptr + NUM_LOWER + side
-    most = tl.max(tl.load(nums_ptr + blocks * PART_WORDS, mask=mask, other=0.0), 0)
-    index = tl.arange(0, BLOCKS * SIZE)
-    block = index // SIZE
-    num = tl.load(nums_ptr + block * PART_WORDS, mask=block < NUM_BLOCKS, other=0.0)
-    x = tl.load(values_ptr + side * NUM_BLOCKS * SIZE + index, mask=index % SIZE < num, other=float("-inf"))
-    weights = weigh(x, top, inverse)
-    is_found = (most <= SIZE) & (above < wanted) & (above + tl.sum(weights, 0) >= wanted)
-    threshold = low
-    if is_found:
-        threshold = _bisect(x, weights, low, high, above, wanted)
-    return threshold, is_found
+    return tl.sum(tl.load(parts_ptr + blocks * PART_WORDS + word, mask=blocks < NUM_BLOCKS, other=0.0), 0)
 
 
 @triton.jit
-def _search(
+def _kept(values_ptr, parts_ptr, side, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr, KEPT_V: tl.constexpr):
+    """The values that were kept of one side of a bracket, -inf in the rest of [KEPT_V]; whether they are all."""
+    index = tl.arange(0, KEPT_V)
+    nums_ptr = parts_ptr + index // SIZE * PART_WORDS + NUM + side
+    mask = index < NUM_BLOCKS * SIZE
+    nums = tl.load(nums_ptr, mask=mask, other=0.0) - tl.load(nums_ptr + 1, mask=mask, other=0.0)
+    mask = index % SIZE < nums
+    x = tl.load(values_ptr + side * NUM_BLOCKS * SIZE + index, mask=mask, other=float("-inf"))
+    return x, tl.max(nums, 0) <= SIZE
+
+
+@triton.jit
+def _bracketed(
+    row_ptr, scratch, bracket_ptr, parts_ptr, values_ptr, top, temperature, REACH: tl.constexpr, VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr, CAP: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    KEPT_V: tl.constexpr,
+):  # fmt: skip
+    """The end of a nucleus that was bracketed: it settles what was kept, or narrows what else is known of it."""
+    inverse = 1.0 / temperature
+    wanted = tl.load(bracket_ptr + WANTED)
+    side = tl.where(_sum_parts(parts_ptr, WEIGHT + 1, NUM_BLOCKS, BLOCKS) >= wanted, 1, 0)
+    low = tl.load(bracket_ptr + FIRST + side)
+    high = tl.load(bracket_ptr + FIRST + side + 1)
+    weight_low = _sum_parts(parts_ptr, WEIGHT + side, NUM_BLOCKS, BLOCKS)
+    above = _sum_parts(parts_ptr, WEIGHT + side + 1, NUM_BLOCKS, BLOCKS)
+    x, are_all = _kept(values_ptr, parts_ptr, side, NUM_BLOCKS, SIZE, KEPT_V)
+    weights = weigh(x, top, inverse)
+    threshold = low
+    if are_all & (above < wanted) & (above + tl.sum(weights, 0) >= wanted):
+        threshold = bisect(x, weights, low, tl.minimum(high, next_above(top)), above, wanted)
+    else:
+        num_low = _sum_parts(parts_ptr, NUM + side, NUM_BLOCKS, BLOCKS).to(tl.int32)
+        num_high = _sum_parts(parts_ptr, NUM + side + 1, NUM_BLOCKS, BLOCKS).to(tl.int32)
+        if above >= wanted:
+            low = high
+            num_low = num_high
+            high = next_above(top)
+            num_high = 0
+            above = 0.0
+        if weight_low < wanted:
+            high = low
+            num_high = num_low
+            above = weight_low
+            low = top - REACH * temperature
+            num_low = VOCAB
+        high = tl.minimum(high, next_above(top))
+        threshold = narrowed(
+            row_ptr, scratch, low, high, above, num_low, num_high, top, wanted, float("-inf"), inverse, VOCAB, BLOCK,
+            CAP,
+        )  # fmt: skip
+    return threshold
+
+
+@triton.jit
+def _searched(
     row_ptr, scratch, top_k, top_p, temperature, REACH: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
     CAP: tl.constexpr,
 ):  # fmt: skip
-    """A row's threshold by top-k and top-p, and its greatest value."""
+    """A row's threshold by top-k, and by top-p of what that leaves; its greatest value."""
     first, second, thirds = _greatest_of_lanes(row_ptr, VOCAB, BLOCK)
     top = tl.max(first, 0)
     threshold = float("-inf")
@@ -342,9 +238,7 @@ def _search(
         best = tl.reshape(tl.join(first, second), [2 * BLOCK])
         third = tl.max(thirds, 0)
         inverse = 1.0 / temperature
-        is_done = top_p >= 1.0
-        if (top_k > 0.0) & (top_k < VOCAB):
-            threshold, is_done = _kth(row_ptr, scratch, best, third, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
+        threshold, is_done = _kth(row_ptr, scratch, best, third, top, top_k, top_p, inverse, VOCAB, BLOCK, CAP)
         if is_done == 0:
             reach = top - REACH * temperature
             threshold = _nucleus(
@@ -358,7 +252,7 @@ def _thresholds_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, bracket_ptr, parts_ptr, values_ptr,
     thresholds_ptr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, REACH: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr, KEPT_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
@@ -375,20 +269,18 @@ def _thresholds_kernel(
     bracket_ptr += row * BRACKET_WORDS
     parts_ptr += row * NUM_BLOCKS * PART_WORDS
     values_ptr += row * 2 * NUM_BLOCKS * SIZE
-    top = tl.full([], float("-inf"), tl.float32)
-    threshold = top
-    has_survey = is_surveyed(params_ptr, slot, VOCAB)
-    is_found = False
-    if has_survey:
+    row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
+    scratch = scratch_ptr + row * CAP
+    threshold = tl.full([], float("-inf"), tl.float32)
+    if is_surveyed(params_ptr, slot, VOCAB):
         top = tl.load(bracket_ptr + TOP)
-        is_found = (top_p >= 1.0) | (top == float("inf")) | (top == float("-inf"))
-        if is_found == 0:
-            threshold, is_found = _settle(
-                bracket_ptr, parts_ptr, values_ptr, 1.0 / temperature, NUM_BLOCKS, BLOCKS, SIZE
-            )
-    if is_found == 0:
-        row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
-        threshold, top = _search(row_ptr, scratch_ptr + row * CAP, top_k, top_p, temperature, REACH, VOCAB, BLOCK, CAP)
+        if (top_p < 1.0) & (top < float("inf")) & (top > float("-inf")):
+            threshold = _bracketed(
+                row_ptr, scratch, bracket_ptr, parts_ptr, values_ptr, top, temperature,
+                REACH, VOCAB, BLOCK, CAP, NUM_BLOCKS, BLOCKS, SIZE, KEPT_V,
+            )  # fmt: skip
+    else:
+        threshold, top = _searched(row_ptr, scratch, top_k, top_p, temperature, REACH, VOCAB, BLOCK, CAP)
     if (top < float("inf")) & (top > float("-inf")):
         threshold = tl.maximum(threshold, top + min_p_reach)
     tl.store(thresholds_ptr + row, threshold)
@@ -433,5 +325,5 @@ def find_thresholds(
         logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S, workspace.scratch_RC,
         bracket.bracket_RW, bracket.parts_RBW, bracket.values_R2BE, thresholds_S,
         VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=EACH, num_warps=8,
+        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=KEPT // num_blocks, KEPT_V=KEPT, num_warps=8,
     )  # fmt: skip

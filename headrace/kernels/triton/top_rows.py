@@ -31,7 +31,7 @@ from headrace.kernels.triton.slot_params import (
     OF_SAMPLED,
     load_param,
 )
-from headrace.kernels.triton.threshold_search import ordered_bits, unordered_bits
+from headrace.kernels.triton.weight_search import ordered_bits, unordered_bits
 
 LIST_SIZES = (8, 32, 1024)
 """Numbers of top ids that a kernel is compiled for."""
