@@ -21,7 +21,7 @@ NEIGHBOURS = 8
 
 
 class Found(NamedTuple):
-    """Thresholds [n]; of each row what the values >= a, b and c weigh, in units of what is wanted, and their numbers."""
+    """Thresholds [n]; of a row what values >= a, b and c weigh, in units of what is wanted, and their numbers."""
 
     thresholds: np.ndarray
     weights: np.ndarray

@@ -25,7 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.kernels.triton.row_survey import BLOCK, GROUP, RowSurvey, is_surveyed, leave_survey
+from headrace.kernels.triton.row_survey import (
+    BLOCK,
+    GROUP,
+    RowSurvey,
+    block_of,
+    is_surveyed,
+    leave_survey,
+    token_of,
+)
 from headrace.kernels.triton.slot_params import (
     OF_MODEL,
     PROCESSED,
@@ -147,8 +155,8 @@ def _masked(x, tokens, mask_ptr, VOCAB: tl.constexpr):
 def _process_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, owners_ptr, positions_ptr, processors_ptr, counts_ptr,
     masks_ptr, mask_of_ptr, maxima_ptr, peaks_ptr,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, ENTRIES: tl.constexpr,
-    WORDS: tl.constexpr, SCORING: tl.constexpr, HAS_MASKS: tl.constexpr,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    ENTRIES: tl.constexpr, WORDS: tl.constexpr, SCORING: tl.constexpr, HAS_MASKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     row = tl.program_id(1)
@@ -173,9 +181,8 @@ def _process_kernel(
         return
     logits_ptr += row.to(tl.int64) * VOCAB
     copies_ptr += row.to(tl.int64) * VOCAB
-    start = block * BLOCK_V
     groups = tl.arange(0, BLOCK_V // GROUP_V)
-    tokens = start + groups[:, None] * GROUP_V + tl.arange(0, GROUP_V)[None, :]
+    tokens = token_of(block, groups[:, None], tl.arange(0, GROUP_V)[None, :], NUM_BLOCKS)
     x = load_logits(logits_ptr, tokens, VOCAB)
     if is_processed:
         has_penalties = (kind != UNPROCESSED) & (tl.load(processors_ptr + HAS_PENALTIES) != 0) & (not SCORING)
@@ -196,7 +203,7 @@ def _process_kernel(
                 code = tl.load(entry_ptr, mask=entries < num_entries, other=0)
                 bias = tl.load(entry_ptr + 1, mask=entries < num_entries, other=0).to(tl.float32, bitcast=True)
                 token = tl.where(code < 0, -1 - code, code)
-                mask = (entries < num_entries) & (token >= start) & (token < start + BLOCK_V)
+                mask = (entries < num_entries) & (block_of(token, NUM_BLOCKS) == block)
                 value = tl.load(logits_ptr + token, mask=mask, other=0.0) + bias
                 value = tl.where((code < 0) & is_stopped & (value < float("inf")), float("-inf"), value)  # as _masked
                 if has_penalties:
@@ -208,7 +215,7 @@ def _process_kernel(
             x = load_logits(copies_ptr, tokens, VOCAB)
     if surveyed:
         inverse = 1.0 / load_param(params_ptr, slot, TEMPERATURE)
-        leave_survey(x, maxima_ptr, peaks_ptr, row * tl.cdiv(VOCAB, BLOCK_V) + block, inverse)
+        leave_survey(x, maxima_ptr, peaks_ptr, row * NUM_BLOCKS + block, inverse)
 
 
 def process_rows(
@@ -233,11 +240,12 @@ def process_rows(
     """
     num_rows, vocab_size = logits_SV.shape
     masks, mask_of = (tables.processors, slots_S) if allowed is None else (allowed.masks_MW, allowed.mask_of_S)
-    _process_kernel[(triton.cdiv(vocab_size, BLOCK), num_rows)](
+    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    _process_kernel[(num_blocks, num_rows)](
         logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S,
         slots_S if scored_S is None else scored_S, positions_S, tables.processors, tables.counts, masks, mask_of,
         survey.maxima_RBG, survey.peaks_RB2,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, ENTRIES=_ENTRIES,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, ENTRIES=_ENTRIES,
         WORDS=masks.shape[-1], SCORING=scored_S is not None, HAS_MASKS=allowed is not None, num_warps=8,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ it is spread over many the sample is a good one. t is guessed to lie in [a, c), 
 around b; and where few values lie above it, in the range of as many as can be kept.
 
 The *look* leaves of every block what its values >= a, >= b and >= c weigh, how many they are, and the values in [a, b)
-and in [b, c), as many of each as there is room for. A block whose greatest value is below a is not read.
+and in [b, c), as many of each as there is room for. Groups whose greatest value is below a are not read.
 
 Legend: R rows, B blocks of a row, E values kept of a block and side.
 """
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.logits_processors import ProcessedRows, drawn_row, load_logits, slot_and_copy
-from headrace.kernels.triton.row_survey import BLOCK, GROUP, RowSurvey, is_surveyed, weigh
+from headrace.kernels.triton.row_survey import BLOCK, GROUP, RowSurvey, group_of, is_surveyed, token_of, weigh
 from headrace.kernels.triton.slot_params import TEMPERATURE, TOP_P, load_param
 
 SAMPLE = 8192
@@ -45,7 +45,7 @@ _NEIGHBOURS = tl.constexpr(8)  # of the sample: as many as memory is read in
 _ERRORS = tl.constexpr(4.0)  # standard errors between b and the ends
 _REACH = tl.constexpr(32.0)  # in units of T: what weighs less than exp(-32) of the greatest is never needed
 _HALVINGS = tl.constexpr(16)  # of the reach, until b is found
-_FEW = tl.constexpr(512)  # groups: as many as reach a, at least
+_FEW = tl.constexpr(256)  # groups: as many as reach a, at least
 _SPAN = tl.constexpr(2.0)  # in units of T: of [a, b) and [b, c) at most
 _SPAN_HALVINGS = tl.constexpr(11)
 _LEAST = tl.constexpr(1e-30)
@@ -81,13 +81,13 @@ def _total(peaks_ptr, top, inverse, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constex
 
 
 @triton.jit
-def _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB: tl.constexpr, GROUP_V: tl.constexpr, SIZE: tl.constexpr):
+def _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB: tl.constexpr, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr):
     """SIZE values of a row, and what they weigh: nothing, if they are the greatest of their group."""
     index = tl.arange(0, SIZE)
     near = index // _NEIGHBOURS * (VOCAB // _NEIGHBOURS) // (SIZE // _NEIGHBOURS)
     columns = near * _NEIGHBOURS + index % _NEIGHBOURS
     x = load_logits(row_ptr, columns, VOCAB)
-    greatest = tl.load(maxima_ptr + columns // GROUP_V, mask=columns < VOCAB, other=float("-inf"))
+    greatest = tl.load(maxima_ptr + group_of(columns, NUM_BLOCKS), mask=columns < VOCAB, other=float("-inf"))
     return x, tl.where(x < greatest, weigh(x, top, inverse), 0.0)
 
 
@@ -140,8 +140,7 @@ def _guess(maxima, held, sample, weights, total, top, temperature, wanted):
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
 def _guess_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, maxima_ptr, peaks_ptr, bracket_ptr,
-    VOCAB: tl.constexpr, GROUP_V: tl.constexpr, GROUPS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    SIZE: tl.constexpr,
+    VOCAB: tl.constexpr, GROUPS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
@@ -162,7 +161,7 @@ def _guess_kernel(
         inverse = 1.0 / temperature
         total = _total(peaks_ptr, top, inverse, NUM_BLOCKS, BLOCKS)
         row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
-        sample, weights = _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB, GROUP_V, SIZE)
+        sample, weights = _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB, NUM_BLOCKS, SIZE)
         wanted = top_p * total
         a, b, c = _guess(maxima, weigh(maxima, top, inverse), sample, weights, total, top, temperature, wanted)
         tl.store(bracket_ptr + WANTED, wanted)
@@ -173,8 +172,8 @@ def _guess_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
 def _look_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, peaks_ptr, bracket_ptr, parts_ptr, values_ptr,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, maxima_ptr, bracket_ptr, parts_ptr, values_ptr,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     row = tl.program_id(1)
@@ -194,11 +193,15 @@ def _look_kernel(
         num_a = 0
         num_b = 0
         num_c = 0
-        if tl.load(peaks_ptr + 2 * (row * NUM_BLOCKS + block)) >= a:
+        groups = tl.arange(0, BLOCK_V // GROUP_V)
+        has_any = tl.load(maxima_ptr + (row * NUM_BLOCKS + block) * (BLOCK_V // GROUP_V) + groups) >= a
+        if tl.max(has_any.to(tl.int32), 0) > 0:
             b = tl.load(bracket_ptr + SECOND)
             c = tl.load(bracket_ptr + THIRD)
             row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
-            x = load_logits(row_ptr, block * BLOCK_V + tl.arange(0, BLOCK_V), VOCAB)
+            tokens = token_of(block, groups[:, None], tl.arange(0, GROUP_V)[None, :], NUM_BLOCKS)
+            mask = has_any[:, None] & (tokens < VOCAB)
+            x = tl.reshape(tl.load(row_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32), [BLOCK_V])
             weights = weigh(x, top, 1.0 / load_param(params_ptr, slot, TEMPERATURE))
             weight_a = tl.sum(tl.where(x >= a, weights, 0.0), 0)
             weight_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
@@ -239,10 +242,10 @@ def bracket_nuclei(
     rows = logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S
     _guess_kernel[(num_rows,)](
         *rows, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW,
-        VOCAB=vocab_size, GROUP_V=GROUP, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks,
+        VOCAB=vocab_size, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks,
         BLOCKS=triton.next_power_of_2(num_blocks), SIZE=SAMPLE, num_warps=8,
     )  # fmt: skip
     _look_kernel[(num_blocks, num_rows)](
-        *rows, survey.peaks_RB2, found.bracket_RW, found.parts_RBW, found.values_R2BE,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, NUM_BLOCKS=num_blocks, SIZE=KEPT // num_blocks, num_warps=16,
+        *rows, survey.maxima_RBG, found.bracket_RW, found.parts_RBW, found.values_R2BE,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, SIZE=KEPT // num_blocks, num_warps=16,
     )  # fmt: skip

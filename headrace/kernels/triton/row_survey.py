@@ -1,8 +1,9 @@
 """What a first look at a row of logits leaves for the search for its nucleus. Owns the layout, and which rows have it.
 
-A row is cut into blocks, a block into groups of neighbours. Of each group the greatest value is kept; of each block the
-greatest, and what all of it weighs: the sum of exp((x - greatest) / T). All of it is of the logits that the row's token
-is drawn from. `logits_processors` writes it while it has the row at hand.
+A row is cut into groups of neighbours, and they are dealt to blocks: what is common has neighbouring ids, and so no
+block has all of it. Of each group the greatest value is kept; of each block the greatest, and what all of it weighs:
+the sum of exp((x - greatest) / T). That is of the logits which the row's token is drawn from, and `logits_processors`
+writes it while it has the row at hand.
 
 Legend: R rows, B blocks, G groups of a block.
 """
@@ -26,6 +27,7 @@ GROUP = 64
 """Neighbours of which the greatest is kept."""
 
 _GROUPS = tl.constexpr(BLOCK // GROUP)
+_GROUP = tl.constexpr(GROUP)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,24 @@ def is_surveyed(params_ptr, slot, VOCAB: tl.constexpr):
     truncates = (load_param(params_ptr, slot, TOP_P) < 1.0) | (load_param(params_ptr, slot, MIN_P) > float("-inf"))
     has_top_k = (top_k > 0.0) & (top_k < VOCAB)
     return truncates & (load_param(params_ptr, slot, TEMPERATURE) > 0.0) & (has_top_k == 0)
+
+
+@triton.jit
+def token_of(block, group, lane, NUM_BLOCKS: tl.constexpr):
+    """Of one of a block's groups."""
+    return (group * NUM_BLOCKS + block) * _GROUP + lane
+
+
+@triton.jit
+def block_of(token, NUM_BLOCKS: tl.constexpr):
+    """That a token's group was dealt to."""
+    return token // _GROUP % NUM_BLOCKS
+
+
+@triton.jit
+def group_of(token, NUM_BLOCKS: tl.constexpr):
+    """A token's group, as the maxima of a row are numbered."""
+    return block_of(token, NUM_BLOCKS) * _GROUPS + token // _GROUP // NUM_BLOCKS
 
 
 @triton.jit
