@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headrace.kernels.triton.logits_processors import PROCESSORS_SIZE, ProcessedRows, SlotProcessors, process_rows
-from headrace.kernels.triton.nucleus_bracket import KEPT, NUM, SAMPLE, WANTED, WEIGHT
+from headrace.kernels.triton.nucleus_bracket import FIRST, KEPT, SAMPLE, TOP, WANTED
 from headrace.kernels.triton.row_survey import RowSurvey
 from headrace.kernels.triton.slot_params import MIN_P, NUM_PARAMS, TEMPERATURE, TOP_P
 from headrace.kernels.triton.threshold_search import ThresholdWorkspace, find_thresholds
@@ -21,7 +21,7 @@ NEIGHBOURS = 8
 
 
 class Found(NamedTuple):
-    """Thresholds [n]; of a row what values >= a, b and c weigh, in units of what is wanted, and their numbers."""
+    """Thresholds [n]; of a row what values >= a, b and c weigh, in units of what is wanted; numbers from a and b."""
 
     thresholds: np.ndarray
     weights: np.ndarray
@@ -45,10 +45,14 @@ def found_in(values: np.ndarray, cases: list[tuple[float, float]]) -> Found:
     thresholds = torch.empty(num_rows, device=DEVICE)
     process_rows(logits, processed, survey, slots, slots, params, tables)
     find_thresholds(logits, params, slots, processed, survey, workspace, thresholds)
-    wanted = workspace.bracket.bracket_RW[:, WANTED.value].cpu().numpy()
-    sums = workspace.bracket.parts_RBW.sum(1).cpu().numpy()
-    weights, nums = (sums[:, word.value : word.value + 3] for word in (WEIGHT, NUM))
-    return Found(thresholds.cpu().numpy(), weights / wanted[:, None], nums)
+    found = workspace.bracket
+    bracket = found.bracket_RW.cpu().numpy()
+    weights = []
+    for row, each, (temperature, _) in zip(values.astype(np.float64), bracket, cases, strict=True):
+        ends = each[FIRST.value : FIRST.value + 3, None]
+        weight = np.exp((row - each[TOP.value]) / temperature)
+        weights.append((weight * (row >= ends)).sum(1) / each[WANTED.value])
+    return Found(thresholds.cpu().numpy(), np.stack(weights), found.nums_R2.cpu().numpy())
 
 
 def assert_same_left(values: np.ndarray, found: Found, cases: list[tuple[float, float]]) -> None:
@@ -67,7 +71,7 @@ def test_a_bracket_holds_the_end_and_little_beside_it(spread: float) -> None:
     values = normal(len(cases), spread, 1)
     found = found_in(values, cases)
     assert (found.weights[:, 0] >= 1.0).all() and (found.weights[:, 2] < 1.0).all()
-    assert (found.nums[:, 0] - found.nums[:, 2] < KEPT // 2).all()
+    assert (found.nums.sum(1) < KEPT // 2).all()
     assert_same_left(values, found, cases)
 
 
@@ -92,5 +96,5 @@ def test_equal_values_that_nothing_has_room_for() -> None:
     values = np.round(normal(2, 1.0, 4))
     cases = [(1.0, 0.9), (0.5, 0.6)]
     found = found_in(values, cases)
-    assert (found.nums[:, 0] - found.nums[:, 2] > KEPT).any()
+    assert (found.nums > KEPT).any()
     assert_same_left(values, found, cases)

@@ -63,6 +63,7 @@ SLOT_WORDS = tl.constexpr(PROCESSORS_SIZE)
 
 MAX_COUNT = tl.constexpr(0xFFFF)
 _ENTRIES = 512  # at a time
+_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def process_rows(
         slots_S if scored_S is None else scored_S, positions_S, tables.processors, tables.counts, masks, mask_of,
         survey.maxima_RBG, survey.peaks_RB2,
         VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, ENTRIES=_ENTRIES,
-        WORDS=masks.shape[-1], SCORING=scored_S is not None, HAS_MASKS=allowed is not None, num_warps=8,
+        WORDS=masks.shape[-1], SCORING=scored_S is not None, HAS_MASKS=allowed is not None, num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -9,10 +9,11 @@ ratios are scaled to what the others weigh in all. Where all of the weight is on
 it is spread over many the sample is a good one. t is guessed to lie in [a, c), several standard errors of that estimate
 around b; and where few values lie above it, in the range of as many as can be kept.
 
-The *look* leaves of every block what its values >= a, >= b and >= c weigh, how many they are, and the values in [a, b)
-and in [b, c), as many of each as there is room for. Groups whose greatest value is below a are not read.
+The *look* leaves of every block what its values >= b and >= c weigh, and of the row the values in [a, b) and in [b, c),
+as far as there is room. Groups whose greatest value is below a are not read. The values come in any order, so whoever
+adds up what they weigh has to do that in integers.
 
-Legend: R rows, B blocks of a row, E values kept of a block and side.
+Legend: R rows, B blocks of a row.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
@@ -32,42 +33,44 @@ from headrace.kernels.triton.slot_params import TEMPERATURE, TOP_P, load_param
 SAMPLE = 8192
 """Values of a row that are looked at for a guess."""
 KEPT = 8192
-"""Values of a row that can be kept from each side of a guess, shared evenly between its blocks."""
+"""Values of a row that can be kept from each side of a guess."""
 
-TOP, WANTED, FIRST, SECOND, THIRD = (tl.constexpr(word) for word in range(5))
-"""Of a bracket: the row's greatest value, the weight wanted in units of its, and a, b and c."""
+TOP, WANTED, FIRST, SECOND, THIRD, INVERSE = (tl.constexpr(word) for word in range(6))
+"""Of a bracket: the row's greatest value, the weight wanted in units of its, a (+inf: there is nothing to look for), b
+and c, and 1 / T."""
 BRACKET_WORDS = tl.constexpr(8)
-WEIGHT, NUM = tl.constexpr(0), tl.constexpr(3)
-"""Of a block: what its values >= a weigh, then those >= b and >= c; and likewise how many they are."""
-PART_WORDS = tl.constexpr(8)
 
 _NEIGHBOURS = tl.constexpr(8)  # of the sample: as many as memory is read in
 _ERRORS = tl.constexpr(4.0)  # standard errors between b and the ends
 _REACH = tl.constexpr(32.0)  # in units of T: what weighs less than exp(-32) of the greatest is never needed
-_HALVINGS = tl.constexpr(16)  # of the reach, until b is found
+_HALVINGS = tl.constexpr(13)  # of the reach, until b is found
 _FEW = tl.constexpr(256)  # groups: as many as reach a, at least
 _SPAN = tl.constexpr(2.0)  # in units of T: of [a, b) and [b, c) at most
-_SPAN_HALVINGS = tl.constexpr(11)
+_SPAN_HALVINGS = tl.constexpr(9)
+_KEPT = tl.constexpr(KEPT)
+_GUESS_WARPS, _GUESS_REGISTERS = 8, 128  # two programs have room on a multiprocessor
+_LOOK_WARPS = 16
 _LEAST = tl.constexpr(1e-30)
 _ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another order may come to
 
 
 @dataclass(frozen=True)
 class NucleusBracket:
-    """bracket float32 [R, BRACKET_WORDS], parts float32 [R, B, PART_WORDS], values float32 [R, 2, B, E]; the
-    numbers in it are below 2^24."""
+    """bracket float32 [R, BRACKET_WORDS]; weights float32 [R, B, 2], what values >= b and >= c of a block weigh; nums
+    int32 [R, 2], how many values lie in [a, b) and in [b, c); values float32 [R, 2, KEPT], as many of those."""
 
     bracket_RW: Tensor
-    parts_RBW: Tensor
-    values_R2BE: Tensor
+    weights_RB2: Tensor
+    nums_R2: Tensor
+    values_R2K: Tensor
 
     @classmethod
     def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> NucleusBracket:
         """Allocate for `max_rows` rows of `vocab_size` logits."""
-        num_blocks = triton.cdiv(vocab_size, BLOCK)
-        bracket, part = (max_rows, BRACKET_WORDS.value), (max_rows, num_blocks, PART_WORDS.value)
-        shapes = bracket, part, (max_rows, 2, num_blocks, KEPT // num_blocks)
-        return cls(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes))
+        shapes = (BRACKET_WORDS.value,), (triton.cdiv(vocab_size, BLOCK), 2), (2,), (2, KEPT)
+        dtypes = torch.float32, torch.float32, torch.int32, torch.float32
+        both = zip(shapes, dtypes, strict=True)
+        return cls(*(torch.empty(max_rows, *shape, dtype=dtype, device=device) for shape, dtype in both))
 
 
 @triton.jit
@@ -139,18 +142,19 @@ def _guess(maxima, held, sample, weights, total, top, temperature, wanted):
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
 def _guess_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, maxima_ptr, peaks_ptr, bracket_ptr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, maxima_ptr, peaks_ptr, bracket_ptr, nums_ptr,
     VOCAB: tl.constexpr, GROUPS: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
+    maxima_ptr += row * NUM_BLOCKS * GROUPS
+    peaks_ptr += row * NUM_BLOCKS * 2
+    bracket_ptr += row * BRACKET_WORDS
+    tl.store(bracket_ptr + FIRST, float("inf"))
     if slot < 0:
         return
     if is_surveyed(params_ptr, slot, VOCAB) == 0:
         return
-    maxima_ptr += row * NUM_BLOCKS * GROUPS
-    peaks_ptr += row * NUM_BLOCKS * 2
-    bracket_ptr += row * BRACKET_WORDS
     groups = tl.arange(0, BLOCKS * GROUPS)
     maxima = tl.load(maxima_ptr + groups, mask=groups < NUM_BLOCKS * GROUPS, other=float("-inf"))
     top = tl.max(maxima, 0)
@@ -168,61 +172,42 @@ def _guess_kernel(
         tl.store(bracket_ptr + FIRST, a)
         tl.store(bracket_ptr + SECOND, b)
         tl.store(bracket_ptr + THIRD, c)
+        tl.store(bracket_ptr + INVERSE, inverse)
+        tl.store(nums_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], tl.int32))
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["copy_of_ptr"])
 def _look_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, maxima_ptr, bracket_ptr, parts_ptr, values_ptr,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    logits_ptr, copies_ptr, copy_of_ptr, maxima_ptr, bracket_ptr, weights_ptr, nums_ptr, values_ptr,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     row = tl.program_id(1)
-    slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
-    if slot < 0:
-        return
-    if (is_surveyed(params_ptr, slot, VOCAB) == 0) | (load_param(params_ptr, slot, TOP_P) >= 1.0):
-        return
     bracket_ptr += row * BRACKET_WORDS
-    parts_ptr += (row * NUM_BLOCKS + block) * PART_WORDS
-    top = tl.load(bracket_ptr + TOP)
-    if (top < float("inf")) & (top > float("-inf")):
-        a = tl.load(bracket_ptr + FIRST)
-        weight_a = 0.0
-        weight_b = 0.0
-        weight_c = 0.0
-        num_a = 0
-        num_b = 0
-        num_c = 0
-        groups = tl.arange(0, BLOCK_V // GROUP_V)
-        has_any = tl.load(maxima_ptr + (row * NUM_BLOCKS + block) * (BLOCK_V // GROUP_V) + groups) >= a
-        if tl.max(has_any.to(tl.int32), 0) > 0:
-            b = tl.load(bracket_ptr + SECOND)
-            c = tl.load(bracket_ptr + THIRD)
-            row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
-            tokens = token_of(block, groups[:, None], tl.arange(0, GROUP_V)[None, :], NUM_BLOCKS)
-            mask = has_any[:, None] & (tokens < VOCAB)
-            x = tl.reshape(tl.load(row_ptr + tokens, mask=mask, other=float("-inf")).to(tl.float32), [BLOCK_V])
-            weights = weigh(x, top, 1.0 / load_param(params_ptr, slot, TEMPERATURE))
-            weight_a = tl.sum(tl.where(x >= a, weights, 0.0), 0)
-            weight_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
-            weight_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
-            num_c = tl.sum(tl.where(x >= c, 1, 0), 0)
-            is_upper = (x >= b) & (x < c)
-            is_inside = (x >= a) & (x < c)
-            ones = tl.where(is_inside, tl.where(is_upper, 65536, 1), 0)  # two numbers in one
-            ends = tl.cumsum(ones, 0)
-            num_inside = tl.sum(ones, 0)
-            num_b = num_c + (num_inside >> 16)
-            num_a = num_b + (num_inside & 65535)
-            places = tl.where(is_upper, ends >> 16, ends & 65535) - 1
-            target = values_ptr + (2 * row * NUM_BLOCKS + tl.where(is_upper, NUM_BLOCKS, 0) + block) * SIZE + places
-            tl.store(target, x, mask=is_inside & (places < SIZE))
-        tl.store(parts_ptr + WEIGHT, weight_a)
-        tl.store(parts_ptr + WEIGHT + 1, weight_b)
-        tl.store(parts_ptr + WEIGHT + 2, weight_c)
-        tl.store(parts_ptr + NUM, num_a * 1.0)
-        tl.store(parts_ptr + NUM + 1, num_b * 1.0)
-        tl.store(parts_ptr + NUM + 2, num_c * 1.0)
+    a = tl.load(bracket_ptr + FIRST)
+    if a == float("inf"):
+        return
+    index = tl.arange(0, BLOCK_V)
+    group = index // GROUP_V
+    has_any = tl.load(maxima_ptr + (row * NUM_BLOCKS + block) * (BLOCK_V // GROUP_V) + group) >= a
+    weight_b = 0.0
+    weight_c = 0.0
+    if tl.max(has_any.to(tl.int32), 0) > 0:
+        b = tl.load(bracket_ptr + SECOND)
+        c = tl.load(bracket_ptr + THIRD)
+        row_ptr = drawn_row(logits_ptr, copies_ptr, row, tl.load(copy_of_ptr + row), VOCAB, True)
+        # Two by two the other way round: what no thread can load at once stays in the threads that write it.
+        tokens = token_of(block, group, index % GROUP_V ^ 1, NUM_BLOCKS)
+        x = tl.load(row_ptr + tokens, mask=has_any & (tokens < VOCAB), other=float("-inf")).to(tl.float32)
+        weights = weigh(x, tl.load(bracket_ptr + TOP), tl.load(bracket_ptr + INVERSE))
+        weight_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
+        weight_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
+        is_inside = (x >= a) & (x < c)
+        target = 2 * row + tl.where(x >= b, 1, 0)
+        place = tl.atomic_add(nums_ptr + target, tl.full([BLOCK_V], 1, tl.int32), mask=is_inside, sem="relaxed")
+        tl.store(values_ptr + target * _KEPT + place, x, mask=is_inside & (place < _KEPT))
+    tl.store(weights_ptr + 2 * (row * NUM_BLOCKS + block), weight_b)
+    tl.store(weights_ptr + 2 * (row * NUM_BLOCKS + block) + 1, weight_c)
 
 
 def bracket_nuclei(
@@ -239,13 +224,13 @@ def bracket_nuclei(
     """
     num_rows, vocab_size = logits_SV.shape
     num_blocks = triton.cdiv(vocab_size, BLOCK)
-    rows = logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S
+    rows = logits_SV, processed.copies_SV, processed.copy_of_S
     _guess_kernel[(num_rows,)](
-        *rows, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW,
-        VOCAB=vocab_size, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=SAMPLE, num_warps=8,
+        *rows, slot_params, slots_S, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW, found.nums_R2,
+        VOCAB=vocab_size, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
+        SIZE=SAMPLE, num_warps=_GUESS_WARPS, maxnreg=_GUESS_REGISTERS,
     )  # fmt: skip
     _look_kernel[(num_blocks, num_rows)](
-        *rows, survey.maxima_RBG, found.bracket_RW, found.parts_RBW, found.values_R2BE,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, SIZE=KEPT // num_blocks, num_warps=16,
+        *rows, survey.maxima_RBG, found.bracket_RW, found.weights_RB2, found.nums_R2, found.values_R2K,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, num_warps=_LOOK_WARPS,
     )  # fmt: skip

@@ -387,13 +387,14 @@ def reduce_rows(
     assert partial_NSBW.is_contiguous()
     num_shares, num_rows, share_blocks, _ = partial_NSBW.shape
     num_blocks = num_shares * share_blocks
-    last_tokens, processors, counts = tokens_S, tokens_S, tokens_S
+    last_tokens, processors, counts, vocab_size = tokens_S, tokens_S, tokens_S, 0
     if last is not None:
         last_tokens, processors, counts = last.tokens, last.tables.processors, last.tables.counts
+        vocab_size = counts.shape[1]
     _reduce_kernel[(num_rows,)](
         slot_params, slots_S, partial_NSBW, norms_R2, tokens_S, logprobs_S, last_tokens, processors, counts,
         SHARE_BLOCKS=share_blocks, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        HAS_LAST=last is not None, VOCAB=counts.shape[-1], num_warps=1,
+        HAS_LAST=last is not None, VOCAB=vocab_size, num_warps=1,
     )  # fmt: skip
 
 

@@ -32,11 +32,10 @@ from headrace.kernels.triton.nucleus_bracket import (
     BRACKET_WORDS,
     FIRST,
     KEPT,
-    NUM,
-    PART_WORDS,
+    SECOND,
+    THIRD,
     TOP,
     WANTED,
-    WEIGHT,
     NucleusBracket,
     bracket_nuclei,
 )
@@ -49,6 +48,7 @@ from headrace.kernels.triton.weight_search import (
     narrow,
     narrowed,
     next_above,
+    quarters,
     weigh_above,
     weights_of,
 )
@@ -106,8 +106,9 @@ def _kth_from(
     x, count = collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
     if count >= top_k:
         if count > CAP:
+            a, b, c = quarters(low, high)
             low, high, above, num_low, num_high = narrow(
-                row_ptr, low, high, 0.0, count, 0, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
+                row_ptr, low, count, a, b, c, top, top_k, float("-inf"), inverse, VOCAB, BLOCK, CAP, False
             )
             x, count = collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
         threshold = low  # neighbours: every value left is `low` itself
@@ -134,8 +135,9 @@ def _nucleus(
     if third >= threshold:
         threshold = least  # as in `narrowed`
         if near >= wanted:
+            a, b, c = quarters(low, high)
             threshold = narrowed(
-                row_ptr, scratch, low, high, 0.0, num_low, 0, top, wanted, least, inverse, VOCAB, BLOCK, CAP
+                row_ptr, scratch, low, num_low, a, b, c, top, wanted, least, inverse, VOCAB, BLOCK, CAP
             )
     return threshold
 
@@ -166,62 +168,39 @@ def _lowest(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(parts_ptr, word, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
-    blocks = tl.arange(0, BLOCKS)
-    return tl.sum(tl.load(parts_ptr + blocks * PART_WORDS + word, mask=blocks < NUM_BLOCKS, other=0.0), 0)
-
-
-@triton.jit
-def _kept(values_ptr, parts_ptr, side, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr, KEPT_V: tl.constexpr):
-    """The values that were kept of one side of a bracket, -inf in the rest of [KEPT_V]; whether they are all."""
-    index = tl.arange(0, KEPT_V)
-    nums_ptr = parts_ptr + index // SIZE * PART_WORDS + NUM + side
-    mask = index < NUM_BLOCKS * SIZE
-    nums = tl.load(nums_ptr, mask=mask, other=0.0) - tl.load(nums_ptr + 1, mask=mask, other=0.0)
-    mask = index % SIZE < nums
-    x = tl.load(values_ptr + side * NUM_BLOCKS * SIZE + index, mask=mask, other=float("-inf"))
-    return x, tl.max(nums, 0) <= SIZE
-
-
-@triton.jit
 def _bracketed(
-    row_ptr, scratch, bracket_ptr, parts_ptr, values_ptr, top, temperature, REACH: tl.constexpr, VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr, CAP: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    row_ptr, scratch, bracket_ptr, weights_ptr, nums_ptr, values_ptr, top_p, temperature, REACH: tl.constexpr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
     KEPT_V: tl.constexpr,
 ):  # fmt: skip
-    """The end of a nucleus that was bracketed: it settles what was kept, or narrows what else is known of it."""
-    inverse = 1.0 / temperature
+    """The end of a nucleus that was bracketed: it settles what was kept, or narrows from the guess on."""
+    top = tl.load(bracket_ptr + TOP)
     wanted = tl.load(bracket_ptr + WANTED)
-    side = tl.where(_sum_parts(parts_ptr, WEIGHT + 1, NUM_BLOCKS, BLOCKS) >= wanted, 1, 0)
+    blocks = tl.arange(0, BLOCKS)
+    mask = blocks < NUM_BLOCKS
+    above_second = tl.sum(tl.load(weights_ptr + 2 * blocks, mask=mask, other=0.0), 0)
+    above_third = tl.sum(tl.load(weights_ptr + 2 * blocks + 1, mask=mask, other=0.0), 0)
+    side = tl.where(above_second >= wanted, 1, 0)
+    above = tl.where(above_second >= wanted, above_third, above_second)
+    beyond = next_above(top)
     low = tl.load(bracket_ptr + FIRST + side)
-    high = tl.load(bracket_ptr + FIRST + side + 1)
-    weight_low = _sum_parts(parts_ptr, WEIGHT + side, NUM_BLOCKS, BLOCKS)
-    above = _sum_parts(parts_ptr, WEIGHT + side + 1, NUM_BLOCKS, BLOCKS)
-    x, are_all = _kept(values_ptr, parts_ptr, side, NUM_BLOCKS, SIZE, KEPT_V)
-    weights = weigh(x, top, inverse)
-    threshold = low
-    if are_all & (above < wanted) & (above + tl.sum(weights, 0) >= wanted):
-        threshold = bisect(x, weights, low, tl.minimum(high, next_above(top)), above, wanted)
+    high = tl.minimum(tl.load(bracket_ptr + FIRST + side + 1), beyond)
+    num = tl.load(nums_ptr + side)
+    index = tl.arange(0, KEPT_V)
+    x = tl.load(values_ptr + side * KEPT_V + index, mask=index < num, other=float("-inf"))
+    unit = top_p / wanted * (1 << 30)  # of integers that add up to the same in any order: all of the row is 2^30
+    shares = (weigh(x, top, 1.0 / temperature) * unit + 0.5).to(tl.int32)
+    needed = tl.maximum((wanted - above) * unit + 0.5, 1.0).to(tl.int32)
+    if (num <= KEPT_V) & (above < wanted) & (tl.sum(shares, 0) >= needed):
+        threshold = bisect(x, shares, low, high, 0, needed)
     else:
-        num_low = _sum_parts(parts_ptr, NUM + side, NUM_BLOCKS, BLOCKS).to(tl.int32)
-        num_high = _sum_parts(parts_ptr, NUM + side + 1, NUM_BLOCKS, BLOCKS).to(tl.int32)
-        if above >= wanted:
-            low = high
-            num_low = num_high
-            high = next_above(top)
-            num_high = 0
-            above = 0.0
-        if weight_low < wanted:
-            high = low
-            num_high = num_low
-            above = weight_low
-            low = top - REACH * temperature
-            num_low = VOCAB
-        high = tl.minimum(high, next_above(top))
+        a = tl.load(bracket_ptr + FIRST)
+        b = tl.load(bracket_ptr + SECOND)
+        c = tl.minimum(tl.load(bracket_ptr + THIRD), beyond)
+        reach = top - REACH * temperature
         threshold = narrowed(
-            row_ptr, scratch, low, high, above, num_low, num_high, top, wanted, float("-inf"), inverse, VOCAB, BLOCK,
-            CAP,
-        )  # fmt: skip
+            row_ptr, scratch, reach, VOCAB, a, b, c, top, wanted, float("-inf"), 1.0 / temperature, VOCAB, BLOCK, CAP
+        )
     return threshold
 
 
@@ -249,10 +228,10 @@ def _searched(
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "copy_of_ptr"])
 def _thresholds_kernel(
-    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, bracket_ptr, parts_ptr, values_ptr,
-    thresholds_ptr,
+    logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, bracket_ptr, weights_ptr, nums_ptr,
+    values_ptr, thresholds_ptr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, REACH: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr, SIZE: tl.constexpr, KEPT_V: tl.constexpr,
+    BLOCKS: tl.constexpr, KEPT_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
@@ -267,8 +246,9 @@ def _thresholds_kernel(
         tl.store(thresholds_ptr + row, float("-inf"))
         return
     bracket_ptr += row * BRACKET_WORDS
-    parts_ptr += row * NUM_BLOCKS * PART_WORDS
-    values_ptr += row * 2 * NUM_BLOCKS * SIZE
+    weights_ptr += row * NUM_BLOCKS * 2
+    nums_ptr += row * 2
+    values_ptr += row * 2 * KEPT_V
     row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
     scratch = scratch_ptr + row * CAP
     threshold = tl.full([], float("-inf"), tl.float32)
@@ -276,8 +256,8 @@ def _thresholds_kernel(
         top = tl.load(bracket_ptr + TOP)
         if (top_p < 1.0) & (top < float("inf")) & (top > float("-inf")):
             threshold = _bracketed(
-                row_ptr, scratch, bracket_ptr, parts_ptr, values_ptr, top, temperature,
-                REACH, VOCAB, BLOCK, CAP, NUM_BLOCKS, BLOCKS, SIZE, KEPT_V,
+                row_ptr, scratch, bracket_ptr, weights_ptr, nums_ptr, values_ptr, top_p, temperature,
+                REACH, VOCAB, BLOCK, CAP, NUM_BLOCKS, BLOCKS, KEPT_V,
             )  # fmt: skip
     else:
         threshold, top = _searched(row_ptr, scratch, top_k, top_p, temperature, REACH, VOCAB, BLOCK, CAP)
@@ -320,10 +300,10 @@ def find_thresholds(
     assert logits_SV.is_contiguous() and vocab_size < 1024 * _BLOCK
     bracket = workspace.bracket
     bracket_nuclei(logits_SV, slot_params, slots_S, processed, survey, bracket)
-    num_blocks = bracket.parts_RBW.shape[1]
+    num_blocks = bracket.weights_RB2.shape[1]
     _thresholds_kernel[(num_rows,)](
         logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S, workspace.scratch_RC,
-        bracket.bracket_RW, bracket.parts_RBW, bracket.values_R2BE, thresholds_S,
+        bracket.bracket_RW, bracket.weights_RB2, bracket.nums_R2, bracket.values_R2K, thresholds_S,
         VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=KEPT // num_blocks, KEPT_V=KEPT, num_warps=8,
+        BLOCKS=triton.next_power_of_2(num_blocks), KEPT_V=KEPT, num_warps=8,
     )  # fmt: skip

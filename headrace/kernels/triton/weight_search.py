@@ -115,28 +115,35 @@ def bisect(x, weight, low, high, above, wanted):
     high_key = ordered_bits(high).to(tl.int64)
     while high_key - low_key > 1:
         middle = (low_key + high_key) // 2
-        is_enough = above + tl.sum(tl.where(keys >= middle.to(tl.int32), weight, 0.0), 0) >= wanted
+        is_enough = above + tl.sum(tl.where(keys >= middle.to(tl.int32), weight, 0), 0) >= wanted
         low_key = tl.where(is_enough, middle, low_key)
         high_key = tl.where(is_enough, high_key, middle)
     return unordered_bits(low_key.to(tl.int32))
 
 
 @triton.jit
+def quarters(low, high):
+    """What cuts a range in four."""
+    b = low + (high - low) * 0.5
+    return low + (b - low) * 0.5, b, b + (high - b) * 0.5
+
+
+@triton.jit
 def narrow(
-    row_ptr, low, high, above, num_low, num_high, top, wanted, least, inverse,
+    row_ptr, low, num_low, a, b, c, top, wanted, least, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """A range [low, high) that holds the threshold and at most CAP values, or equal ones alone, from one that holds it.
+    """A range [low, high) that holds the threshold and at most CAP values, or equal ones alone.
 
-    Also the weight from beyond it, and the numbers of values >= low and >= high.
+    `num_low` values reach the given low, and weigh enough; the first three to weigh at are given, a <= b <= c. Returns
+    the range, the weight from beyond it, and the numbers of values >= low and >= high.
     """
-    above += tl.full([], 0.0, tl.float32)  # may be given as numbers, which no loop can carry
-    num_high += tl.full([], 0, tl.int32)
+    high = next_above(top)
+    above = 0.0
+    num_high = 0
+    num_low += tl.full([], 0, tl.int32)  # may be given as a number, which no loop can carry
     shrinks = True
     while (num_low - num_high > CAP) & shrinks:
-        b = low + (high - low) * 0.5
-        a = low + (b - low) * 0.5
-        c = b + (high - b) * 0.5
         sum_a, sum_b, sum_c, num_a, num_b, num_c = weigh_above(
             row_ptr, a, b, c, least, top, inverse, VOCAB, BLOCK, BY_MASS
         )
@@ -149,17 +156,18 @@ def narrow(
         high = tl.where(has_c, high, tl.where(has_b, c, tl.where(has_a, b, a)))
         above = tl.where(has_c, above, tl.where(has_b, sum_c, tl.where(has_a, sum_b, sum_a)))
         num_high = tl.where(has_c, num_high, tl.where(has_b, num_c, tl.where(has_a, num_b, num_a)))
+        a, b, c = quarters(low, high)
     return low, high, above, num_low, num_high
 
 
 @triton.jit
 def narrowed(
-    row_ptr, scratch, low, high, above, num_low, num_high, top, wanted, least, inverse,
+    row_ptr, scratch, low, num_low, a, b, c, top, wanted, least, inverse,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The threshold by mass that lies in [low, high); `least`, should rounding leave too little mass to find."""
+    """The threshold by mass, given as to `narrow`; `least`, should rounding leave too little mass to find."""
     low, high, above, num_low, num_high = narrow(
-        row_ptr, low, high, above, num_low, num_high, top, wanted, least, inverse, VOCAB, BLOCK, CAP, True
+        row_ptr, low, num_low, a, b, c, top, wanted, least, inverse, VOCAB, BLOCK, CAP, True
     )
     threshold = low
     if num_low - num_high <= CAP:
