@@ -52,7 +52,7 @@ def found_in(values: np.ndarray, cases: list[tuple[float, float]]) -> Found:
         ends = each[FIRST.value : FIRST.value + 3, None]
         weight = np.exp((row - each[TOP.value]) / temperature)
         weights.append((weight * (row >= ends)).sum(1) / each[WANTED.value])
-    return Found(thresholds.cpu().numpy(), np.stack(weights), found.nums_R2.cpu().numpy())
+    return Found(thresholds.cpu().numpy(), np.stack(weights), found.nums_R2B.cpu().numpy())
 
 
 def assert_same_left(values: np.ndarray, found: Found, cases: list[tuple[float, float]]) -> None:
@@ -71,7 +71,7 @@ def test_a_bracket_holds_the_end_and_little_beside_it(spread: float) -> None:
     values = normal(len(cases), spread, 1)
     found = found_in(values, cases)
     assert (found.weights[:, 0] >= 1.0).all() and (found.weights[:, 2] < 1.0).all()
-    assert (found.nums.sum(1) < KEPT // 2).all()
+    assert (found.nums.sum((1, 2)) < KEPT // 2).all()
     assert_same_left(values, found, cases)
 
 
@@ -96,5 +96,5 @@ def test_equal_values_that_nothing_has_room_for() -> None:
     values = np.round(normal(2, 1.0, 4))
     cases = [(1.0, 0.9), (0.5, 0.6)]
     found = found_in(values, cases)
-    assert (found.nums > KEPT).any()
+    assert (found.nums > KEPT // found.nums.shape[2]).any()
     assert_same_left(values, found, cases)

@@ -46,16 +46,21 @@ def make(mesh: Mesh, folder: str, **settings: Any) -> Any:
 
 
 def sample_in_shares(mesh: Mesh, folder: str, settings: dict[str, Any], num_rows: int, top_k: int) -> Any:
-    """Random tokens of as many prompts, of which each rank samples its share, however few."""
+    """Random tokens of as many prompts, of which each rank samples its share, however few: in turn of one half and the
+    other. With a top_k every other one is greedy and prefers a token, but is penalised for what it has sampled."""
     before, launches.MIN_SHARED_ROWS = launches.MIN_SHARED_ROWS, 1
     try:
         runner = make(mesh, folder, **settings)
         story, slots = Story(runner), list(range(num_rows))
         for slot in slots:
             sampling = TokenSampling(1.0, top_k=top_k)
+            if top_k > 0 and slot % 2 == 0:
+                sampling = TokenSampling(0.0, frequency_penalty=2.0, logit_bias=((7, 5.0),))
             story.enter(slot, tokens_of(slot, 2 + slot), sampling=sampling, logprobs=LogprobOptions())
         story.prefill(slots, 8)
-        story.decode(slots, 3)
+        for _ in range(4):
+            slots.reverse()
+            story.decode(slots, 1)
         return story.told() | {"num_products": runner.counters()["num_gemm_calls"]}
     finally:
         launches.MIN_SHARED_ROWS = before

@@ -63,7 +63,7 @@ SLOT_WORDS = tl.constexpr(PROCESSORS_SIZE)
 
 MAX_COUNT = tl.constexpr(0xFFFF)
 _ENTRIES = 512  # at a time
-_WARPS = 16
+_WARPS, _REGISTERS = 8, 64  # four programs have room on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,7 @@ def process_rows(
         survey.maxima_RBG, survey.peaks_RB2,
         VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, ENTRIES=_ENTRIES,
         WORDS=masks.shape[-1], SCORING=scored_S is not None, HAS_MASKS=allowed is not None, num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )  # fmt: skip
 
 

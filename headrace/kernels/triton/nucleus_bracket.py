@@ -9,11 +9,11 @@ ratios are scaled to what the others weigh in all. Where all of the weight is on
 it is spread over many the sample is a good one. t is guessed to lie in [a, c), several standard errors of that estimate
 around b; and where few values lie above it, in the range of as many as can be kept.
 
-The *look* leaves of every block what its values >= b and >= c weigh, and of the row the values in [a, b) and in [b, c),
-as far as there is room. Groups whose greatest value is below a are not read. The values come in any order, so whoever
+The *look* leaves of every block what its values >= b and >= c weigh, and the values in [a, b) and in [b, c), as far as
+there is room. Groups whose greatest value is below a are not read. The values of a block come in any order, so whoever
 adds up what they weigh has to do that in integers.
 
-Legend: R rows, B blocks of a row.
+Legend: R rows, B blocks of a row, E values kept of a block and side.
 """
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-any-return"
 
@@ -33,7 +33,7 @@ from headrace.kernels.triton.slot_params import TEMPERATURE, TOP_P, load_param
 SAMPLE = 8192
 """Values of a row that are looked at for a guess."""
 KEPT = 8192
-"""Values of a row that can be kept from each side of a guess."""
+"""Values of a row that can be kept from each side of a guess, shared evenly between its blocks."""
 
 TOP, WANTED, FIRST, SECOND, THIRD, INVERSE = (tl.constexpr(word) for word in range(6))
 """Of a bracket: the row's greatest value, the weight wanted in units of its, a (+inf: there is nothing to look for), b
@@ -47,9 +47,7 @@ _HALVINGS = tl.constexpr(13)  # of the reach, until b is found
 _FEW = tl.constexpr(256)  # groups: as many as reach a, at least
 _SPAN = tl.constexpr(2.0)  # in units of T: of [a, b) and [b, c) at most
 _SPAN_HALVINGS = tl.constexpr(9)
-_KEPT = tl.constexpr(KEPT)
-_GUESS_WARPS, _GUESS_REGISTERS = 8, 128  # two programs have room on a multiprocessor
-_LOOK_WARPS = 16
+_WARPS, _GUESS_REGISTERS, _LOOK_REGISTERS = 8, 128, 80  # two and three programs have room on a multiprocessor
 _LEAST = tl.constexpr(1e-30)
 _ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another order may come to
 
@@ -57,17 +55,19 @@ _ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another ord
 @dataclass(frozen=True)
 class NucleusBracket:
     """bracket float32 [R, BRACKET_WORDS]; weights float32 [R, B, 2], what values >= b and >= c of a block weigh; nums
-    int32 [R, 2], how many values lie in [a, b) and in [b, c); values float32 [R, 2, KEPT], as many of those."""
+    int32 [R, 2, B], how many of them lie in [a, b) and in [b, c); values float32 [R, 2, B, E], those."""
 
     bracket_RW: Tensor
     weights_RB2: Tensor
-    nums_R2: Tensor
-    values_R2K: Tensor
+    nums_R2B: Tensor
+    values_R2BE: Tensor
 
     @classmethod
     def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> NucleusBracket:
         """Allocate for `max_rows` rows of `vocab_size` logits."""
-        shapes = (BRACKET_WORDS.value,), (triton.cdiv(vocab_size, BLOCK), 2), (2,), (2, KEPT)
+        num_blocks = triton.cdiv(vocab_size, BLOCK)
+        kept = 2, num_blocks, KEPT // num_blocks
+        shapes = (BRACKET_WORDS.value,), (num_blocks, 2), (2, num_blocks), kept
         dtypes = torch.float32, torch.float32, torch.int32, torch.float32
         both = zip(shapes, dtypes, strict=True)
         return cls(*(torch.empty(max_rows, *shape, dtype=dtype, device=device) for shape, dtype in both))
@@ -173,13 +173,14 @@ def _guess_kernel(
         tl.store(bracket_ptr + SECOND, b)
         tl.store(bracket_ptr + THIRD, c)
         tl.store(bracket_ptr + INVERSE, inverse)
-        tl.store(nums_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], tl.int32))
+        sides = tl.arange(0, 2 * BLOCKS)
+        tl.store(nums_ptr + 2 * row * NUM_BLOCKS + sides, sides * 0, mask=sides < 2 * NUM_BLOCKS)
 
 
 @triton.jit(do_not_specialize_on_alignment=["copy_of_ptr"])
 def _look_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, maxima_ptr, bracket_ptr, weights_ptr, nums_ptr, values_ptr,
-    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    VOCAB: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_V: tl.constexpr, NUM_BLOCKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     row = tl.program_id(1)
@@ -203,9 +204,9 @@ def _look_kernel(
         weight_b = tl.sum(tl.where(x >= b, weights, 0.0), 0)
         weight_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
         is_inside = (x >= a) & (x < c)
-        target = 2 * row + tl.where(x >= b, 1, 0)
+        target = (2 * row + tl.where(x >= b, 1, 0)) * NUM_BLOCKS + block
         place = tl.atomic_add(nums_ptr + target, tl.full([BLOCK_V], 1, tl.int32), mask=is_inside, sem="relaxed")
-        tl.store(values_ptr + target * _KEPT + place, x, mask=is_inside & (place < _KEPT))
+        tl.store(values_ptr + target * SIZE + place, x, mask=is_inside & (place < SIZE))
     tl.store(weights_ptr + 2 * (row * NUM_BLOCKS + block), weight_b)
     tl.store(weights_ptr + 2 * (row * NUM_BLOCKS + block) + 1, weight_c)
 
@@ -226,11 +227,12 @@ def bracket_nuclei(
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     rows = logits_SV, processed.copies_SV, processed.copy_of_S
     _guess_kernel[(num_rows,)](
-        *rows, slot_params, slots_S, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW, found.nums_R2,
+        *rows, slot_params, slots_S, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW, found.nums_R2B,
         VOCAB=vocab_size, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
-        SIZE=SAMPLE, num_warps=_GUESS_WARPS, maxnreg=_GUESS_REGISTERS,
+        SIZE=SAMPLE, num_warps=_WARPS, maxnreg=_GUESS_REGISTERS,
     )  # fmt: skip
     _look_kernel[(num_blocks, num_rows)](
-        *rows, survey.maxima_RBG, found.bracket_RW, found.weights_RB2, found.nums_R2, found.values_R2K,
-        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, num_warps=_LOOK_WARPS,
+        *rows, survey.maxima_RBG, found.bracket_RW, found.weights_RB2, found.nums_R2B, found.values_R2BE,
+        VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, SIZE=KEPT // num_blocks,
+        num_warps=_WARPS, maxnreg=_LOOK_REGISTERS,
     )  # fmt: skip

@@ -171,7 +171,7 @@ def _lowest(row_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 def _bracketed(
     row_ptr, scratch, bracket_ptr, weights_ptr, nums_ptr, values_ptr, top_p, temperature, REACH: tl.constexpr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    KEPT_V: tl.constexpr,
+    SIZE: tl.constexpr, KEPT_V: tl.constexpr,
 ):  # fmt: skip
     """The end of a nucleus that was bracketed: it settles what was kept, or narrows from the guess on."""
     top = tl.load(bracket_ptr + TOP)
@@ -185,13 +185,16 @@ def _bracketed(
     beyond = next_above(top)
     low = tl.load(bracket_ptr + FIRST + side)
     high = tl.minimum(tl.load(bracket_ptr + FIRST + side + 1), beyond)
-    num = tl.load(nums_ptr + side)
+    nums_ptr += side * NUM_BLOCKS
+    most = tl.max(tl.load(nums_ptr + blocks, mask=mask, other=0), 0)
     index = tl.arange(0, KEPT_V)
-    x = tl.load(values_ptr + side * KEPT_V + index, mask=index < num, other=float("-inf"))
+    num = tl.load(nums_ptr + index // SIZE, mask=index < NUM_BLOCKS * SIZE, other=0)
+    kept_ptr = values_ptr + side * NUM_BLOCKS * SIZE + index
+    x = tl.load(kept_ptr, mask=index % SIZE < num, other=float("-inf"))
     unit = top_p / wanted * (1 << 30)  # of integers that add up to the same in any order: all of the row is 2^30
     shares = (weigh(x, top, 1.0 / temperature) * unit + 0.5).to(tl.int32)
     needed = tl.maximum((wanted - above) * unit + 0.5, 1.0).to(tl.int32)
-    if (num <= KEPT_V) & (above < wanted) & (tl.sum(shares, 0) >= needed):
+    if (most <= SIZE) & (above < wanted) & (tl.sum(shares, 0) >= needed):
         threshold = bisect(x, shares, low, high, 0, needed)
     else:
         a = tl.load(bracket_ptr + FIRST)
@@ -231,7 +234,7 @@ def _thresholds_kernel(
     logits_ptr, copies_ptr, copy_of_ptr, params_ptr, slots_ptr, scratch_ptr, bracket_ptr, weights_ptr, nums_ptr,
     values_ptr, thresholds_ptr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, REACH: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr, KEPT_V: tl.constexpr,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr, KEPT_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot, copy = slot_and_copy(slots_ptr, copy_of_ptr, row, True)
@@ -247,8 +250,8 @@ def _thresholds_kernel(
         return
     bracket_ptr += row * BRACKET_WORDS
     weights_ptr += row * NUM_BLOCKS * 2
-    nums_ptr += row * 2
-    values_ptr += row * 2 * KEPT_V
+    nums_ptr += row * 2 * NUM_BLOCKS
+    values_ptr += row * 2 * NUM_BLOCKS * SIZE
     row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
     scratch = scratch_ptr + row * CAP
     threshold = tl.full([], float("-inf"), tl.float32)
@@ -257,7 +260,7 @@ def _thresholds_kernel(
         if (top_p < 1.0) & (top < float("inf")) & (top > float("-inf")):
             threshold = _bracketed(
                 row_ptr, scratch, bracket_ptr, weights_ptr, nums_ptr, values_ptr, top_p, temperature,
-                REACH, VOCAB, BLOCK, CAP, NUM_BLOCKS, BLOCKS, KEPT_V,
+                REACH, VOCAB, BLOCK, CAP, NUM_BLOCKS, BLOCKS, SIZE, KEPT_V,
             )  # fmt: skip
     else:
         threshold, top = _searched(row_ptr, scratch, top_k, top_p, temperature, REACH, VOCAB, BLOCK, CAP)
@@ -303,7 +306,8 @@ def find_thresholds(
     num_blocks = bracket.weights_RB2.shape[1]
     _thresholds_kernel[(num_rows,)](
         logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S, workspace.scratch_RC,
-        bracket.bracket_RW, bracket.weights_RB2, bracket.nums_R2, bracket.values_R2K, thresholds_S,
+        bracket.bracket_RW, bracket.weights_RB2, bracket.nums_R2B, bracket.values_R2BE, thresholds_S,
         VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, NUM_BLOCKS=num_blocks,
-        BLOCKS=triton.next_power_of_2(num_blocks), KEPT_V=KEPT, num_warps=8,
+        BLOCKS=triton.next_power_of_2(num_blocks), SIZE=KEPT // num_blocks,
+        KEPT_V=KEPT, num_warps=8,
     )  # fmt: skip
