@@ -52,7 +52,7 @@ def found_in(values: np.ndarray, cases: list[tuple[float, float]]) -> Found:
         ends = each[FIRST.value : FIRST.value + 3, None]
         weight = np.exp((row - each[TOP.value]) / temperature)
         weights.append((weight * (row >= ends)).sum(1) / each[WANTED.value])
-    return Found(thresholds.cpu().numpy(), np.stack(weights), found.nums_R2B.cpu().numpy())
+    return Found(thresholds.cpu().numpy(), np.stack(weights), found.nums_R2BN[..., 0].cpu().numpy())
 
 
 def assert_same_left(values: np.ndarray, found: Found, cases: list[tuple[float, float]]) -> None:

@@ -40,6 +40,9 @@ TOP, WANTED, FIRST, SECOND, THIRD, INVERSE = (tl.constexpr(word) for word in ran
 and c, and 1 / T."""
 BRACKET_WORDS = tl.constexpr(8)
 
+NUM_STRIDE = tl.constexpr(32)
+"""Between the numbers of blocks: those that are counted up at once lie on lines of their own."""
+
 _NEIGHBOURS = tl.constexpr(8)  # of the sample: as many as memory is read in
 _ERRORS = tl.constexpr(4.0)  # standard errors between b and the ends
 _REACH = tl.constexpr(32.0)  # in units of T: what weighs less than exp(-32) of the greatest is never needed
@@ -55,11 +58,12 @@ _ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another ord
 @dataclass(frozen=True)
 class NucleusBracket:
     """bracket float32 [R, BRACKET_WORDS]; weights float32 [R, B, 2], what values >= b and >= c of a block weigh; nums
-    int32 [R, 2, B], how many of them lie in [a, b) and in [b, c); values float32 [R, 2, B, E], those."""
+    int32 [R, 2, B, NUM_STRIDE], in the first how many of them lie in [a, b) and in [b, c); values float32 [R, 2, B, E],
+    those."""
 
     bracket_RW: Tensor
     weights_RB2: Tensor
-    nums_R2B: Tensor
+    nums_R2BN: Tensor
     values_R2BE: Tensor
 
     @classmethod
@@ -67,7 +71,7 @@ class NucleusBracket:
         """Allocate for `max_rows` rows of `vocab_size` logits."""
         num_blocks = triton.cdiv(vocab_size, BLOCK)
         kept = 2, num_blocks, KEPT // num_blocks
-        shapes = (BRACKET_WORDS.value,), (num_blocks, 2), (2, num_blocks), kept
+        shapes = (BRACKET_WORDS.value,), (num_blocks, 2), (2, num_blocks, NUM_STRIDE.value), kept
         dtypes = torch.float32, torch.float32, torch.int32, torch.float32
         both = zip(shapes, dtypes, strict=True)
         return cls(*(torch.empty(max_rows, *shape, dtype=dtype, device=device) for shape, dtype in both))
@@ -174,7 +178,7 @@ def _guess_kernel(
         tl.store(bracket_ptr + THIRD, c)
         tl.store(bracket_ptr + INVERSE, inverse)
         sides = tl.arange(0, 2 * BLOCKS)
-        tl.store(nums_ptr + 2 * row * NUM_BLOCKS + sides, sides * 0, mask=sides < 2 * NUM_BLOCKS)
+        tl.store(nums_ptr + (2 * row * NUM_BLOCKS + sides) * NUM_STRIDE, sides * 0, mask=sides < 2 * NUM_BLOCKS)
 
 
 @triton.jit(do_not_specialize_on_alignment=["copy_of_ptr"])
@@ -205,7 +209,9 @@ def _look_kernel(
         weight_c = tl.sum(tl.where(x >= c, weights, 0.0), 0)
         is_inside = (x >= a) & (x < c)
         target = (2 * row + tl.where(x >= b, 1, 0)) * NUM_BLOCKS + block
-        place = tl.atomic_add(nums_ptr + target, tl.full([BLOCK_V], 1, tl.int32), mask=is_inside, sem="relaxed")
+        place = tl.atomic_add(
+            nums_ptr + target * NUM_STRIDE, tl.full([BLOCK_V], 1, tl.int32), mask=is_inside, sem="relaxed"
+        )
         tl.store(values_ptr + target * SIZE + place, x, mask=is_inside & (place < SIZE))
     tl.store(weights_ptr + 2 * (row * NUM_BLOCKS + block), weight_b)
     tl.store(weights_ptr + 2 * (row * NUM_BLOCKS + block) + 1, weight_c)
@@ -227,12 +233,12 @@ def bracket_nuclei(
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     rows = logits_SV, processed.copies_SV, processed.copy_of_S
     _guess_kernel[(num_rows,)](
-        *rows, slot_params, slots_S, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW, found.nums_R2B,
+        *rows, slot_params, slots_S, survey.maxima_RBG, survey.peaks_RB2, found.bracket_RW, found.nums_R2BN,
         VOCAB=vocab_size, GROUPS=BLOCK // GROUP, NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks),
         SIZE=SAMPLE, num_warps=_WARPS, maxnreg=_GUESS_REGISTERS,
     )  # fmt: skip
     _look_kernel[(num_blocks, num_rows)](
-        *rows, survey.maxima_RBG, found.bracket_RW, found.weights_RB2, found.nums_R2B, found.values_R2BE,
+        *rows, survey.maxima_RBG, found.bracket_RW, found.weights_RB2, found.nums_R2BN, found.values_R2BE,
         VOCAB=vocab_size, BLOCK_V=BLOCK, GROUP_V=GROUP, NUM_BLOCKS=num_blocks, SIZE=KEPT // num_blocks,
         num_warps=_WARPS, maxnreg=_LOOK_REGISTERS,
     )  # fmt: skip

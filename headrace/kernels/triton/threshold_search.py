@@ -32,6 +32,7 @@ from headrace.kernels.triton.nucleus_bracket import (
     BRACKET_WORDS,
     FIRST,
     KEPT,
+    NUM_STRIDE,
     SECOND,
     THIRD,
     TOP,
@@ -185,10 +186,10 @@ def _bracketed(
     beyond = next_above(top)
     low = tl.load(bracket_ptr + FIRST + side)
     high = tl.minimum(tl.load(bracket_ptr + FIRST + side + 1), beyond)
-    nums_ptr += side * NUM_BLOCKS
-    most = tl.max(tl.load(nums_ptr + blocks, mask=mask, other=0), 0)
+    nums_ptr += side * NUM_BLOCKS * NUM_STRIDE
+    most = tl.max(tl.load(nums_ptr + blocks * NUM_STRIDE, mask=mask, other=0), 0)
     index = tl.arange(0, KEPT_V)
-    num = tl.load(nums_ptr + index // SIZE, mask=index < NUM_BLOCKS * SIZE, other=0)
+    num = tl.load(nums_ptr + index // SIZE * NUM_STRIDE, mask=index < NUM_BLOCKS * SIZE, other=0)
     kept_ptr = values_ptr + side * NUM_BLOCKS * SIZE + index
     x = tl.load(kept_ptr, mask=index % SIZE < num, other=float("-inf"))
     unit = top_p / wanted * (1 << 30)  # of integers that add up to the same in any order: all of the row is 2^30
@@ -250,7 +251,7 @@ def _thresholds_kernel(
         return
     bracket_ptr += row * BRACKET_WORDS
     weights_ptr += row * NUM_BLOCKS * 2
-    nums_ptr += row * 2 * NUM_BLOCKS
+    nums_ptr += row * 2 * NUM_BLOCKS * NUM_STRIDE
     values_ptr += row * 2 * NUM_BLOCKS * SIZE
     row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
     scratch = scratch_ptr + row * CAP
@@ -306,7 +307,7 @@ def find_thresholds(
     num_blocks = bracket.weights_RB2.shape[1]
     _thresholds_kernel[(num_rows,)](
         logits_SV, processed.copies_SV, processed.copy_of_S, slot_params, slots_S, workspace.scratch_RC,
-        bracket.bracket_RW, bracket.weights_RB2, bracket.nums_R2B, bracket.values_R2BE, thresholds_S,
+        bracket.bracket_RW, bracket.weights_RB2, bracket.nums_R2BN, bracket.values_R2BE, thresholds_S,
         VOCAB=vocab_size, BLOCK=_BLOCK, CAP=CAPACITY, REACH=_REACH, NUM_BLOCKS=num_blocks,
         BLOCKS=triton.next_power_of_2(num_blocks), SIZE=KEPT // num_blocks,
         KEPT_V=KEPT, num_warps=8,
