@@ -102,12 +102,12 @@ async def _flush(port: int) -> None:
 
 
 def _body(style: RequestStyle, prompt: list[int], length: int) -> bytes:
-    sampling = {"max_new_tokens": length, "temperature": 1.0, "ignore_eos": True}
+    sampling = {"max_new_tokens": length, "ignore_eos": True, **style.sampling()}
     return post(
         "/generate",
         {
             "input_ids": prompt,
-            "sampling_params": {**sampling, "top_p": style.top_p, "top_k": style.top_k},
+            "sampling_params": sampling,
             "return_logprob": True,
             "top_logprobs_num": style.top_logprobs,
         },

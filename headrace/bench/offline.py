@@ -99,7 +99,7 @@ def check_rescoring(prepared: Prepared, style: RequestStyle, num_rescored: int) 
 
     Those of a truncated distribution are minus infinity for a token at its edge, which any rounding moves.
     """
-    is_truncated = style.top_p < 1.0 or style.top_k > 0
+    is_truncated = style.top_p < 1.0 or style.top_k > 0 or style.repetition_penalty != 1.0
     if num_rescored and is_truncated and prepared.resolved.engine.logprob_mode == "sampled":
         message = "logprob_mode sampled cannot be re-scored beside top_p or top_k; give --rescored 0"
         raise ConfigError(message, field="logprob_mode")
