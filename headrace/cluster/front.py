@@ -21,6 +21,7 @@ from headrace.cluster.http_parts import (
     ChunkReader,
     FramingError,
     Head,
+    HeadReader,
     Headers,
     in_chunk,
     parse_request,
@@ -144,6 +145,7 @@ class ClientConnection(asyncio.Protocol):
         self.front = front
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
+        self._heads = HeadReader(parse_request)
         self._head: Head | None = None
         self._chunks: ChunkReader | None = None
         self._chunk_parts: list[bytes] = []
@@ -221,6 +223,8 @@ class ClientConnection(asyncio.Protocol):
             return
         is_waiting = self._task is None and not self._is_due and not self._is_full
         if not self._buffer and self._head is None and is_waiting:
+            if self._begin_at_once(data):
+                return
             self._wait(HEAD_SECONDS)
         self._buffer += data
         if is_waiting:
@@ -241,13 +245,33 @@ class ClientConnection(asyncio.Protocol):
         except FramingError as error:
             self._refuse(error_body(error.status, str(error), err_type=RequestError.__name__))
 
+    def _begin_at_once(self, data: bytes) -> bool:
+        """Begin the request that `data` is, without a copy in the buffer; False if it is no more or less than one, or
+        there is anything else about it."""
+        end = data.find(_END_OF_HEAD)
+        if not 0 <= end <= MAX_HEAD_BYTES:
+            return False
+        try:
+            head = self._heads.read(data[:end])
+        except FramingError:
+            return False
+        start = end + len(_END_OF_HEAD)
+        size = head.body_size
+        if size is None or len(data) - start != size or size > self.front.bounds.max_body_bytes:
+            return False
+        if head.expects_continue or self.front.handler.refusal(head) is not None:
+            return False
+        self._head = head
+        self._begin(head, data[start:])
+        return True
+
     def _read_head(self) -> None:
         end = self._buffer.find(_END_OF_HEAD)
         if end > MAX_HEAD_BYTES or end < 0 and len(self._buffer) > MAX_HEAD_BYTES:
             raise FramingError(f"headers are over {MAX_HEAD_BYTES} bytes", 431)
         if end < 0:
             return
-        head = parse_request(bytes(self._buffer[:end]))
+        head = self._heads.read(bytes(self._buffer[:end]))
         del self._buffer[: end + len(_END_OF_HEAD)]
         refusal = self.front.handler.refusal(head)
         if refusal is None and (head.body_size or 0) > self.front.bounds.max_body_bytes:
@@ -259,7 +283,7 @@ class ClientConnection(asyncio.Protocol):
         self._chunks = ChunkReader(self.front.bounds.max_body_bytes) if head.body_size is None else None
         if head.body_size is None or len(self._buffer) < head.body_size:
             self._wait(self.front.bounds.body_timeout)
-        if head.header(b"expect").lower() == b"100-continue":
+        if head.expects_continue:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self, head: Head) -> bytes | None:

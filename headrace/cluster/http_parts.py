@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import http
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -36,6 +36,7 @@ HOP_HEADERS = frozenset(
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
+_LENGTH_LINE = re.compile(rb"\r\ncontent-length: ?([0-9]{1,15})(?=\r\n|\Z)", re.IGNORECASE)
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,12})[ \t]*(?:;[^\r\n]*)?")
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}".encode() for each in http.HTTPStatus}
 
@@ -50,7 +51,8 @@ class FramingError(Exception):
 
 class Head(msgspec.Struct, frozen=True):
     """The head of a request, or of an answer (`status`). `body_size` is None for a body in chunks, or, of an answer
-    that `ends_with_connection`, for one of any length."""
+    that `ends_with_connection`, for one of any length; where a `HeadReader` takes it from there, `headers` has no
+    content-length."""
 
     headers: Headers
     body_size: int | None
@@ -63,6 +65,33 @@ class Head(msgspec.Struct, frozen=True):
     ends_with_connection: bool = False
     path: str = ""
     """What the target begins with, up to a question mark."""
+    expects_continue: bool = False
+    _lines: dict[frozenset[bytes], bytes] = msgspec.field(default_factory=dict)
+    """What `lines_without` gave: heads that differ in `body_size` alone share it."""
+
+    def of_size(self, body_size: int) -> Head:
+        """The same with a body of another size."""
+        return Head(
+            self.headers,
+            body_size,
+            self.keeps_alive,
+            self.method,
+            self.target,
+            self.is_old,
+            self.status,
+            self.ends_with_connection,
+            self.path,
+            self.expects_continue,
+            self._lines,
+        )
+
+    def lines_without(self, names: frozenset[bytes]) -> bytes:
+        """The headers that have none of these names as lines, each with its end."""
+        lines = self._lines.get(names)
+        if lines is None:
+            lines = b"".join([b"%b: %b\r\n" % header for header in self.headers if header[0] not in names])
+            self._lines[names] = lines
+        return lines
 
     def header(self, name: bytes) -> bytes:
         """Its value; b"" where there is none."""
@@ -85,7 +114,9 @@ def parse_request(raw: bytes) -> Head:
         raise FramingError("HTTP/1.0 knows no transfer-encoding")
     keeps_alive = _keeps_alive(fields, is_old)
     path = target.partition(b"?")[0].decode()
-    return Head(headers, 0 if size == -1 else size, keeps_alive, method.decode(), target, is_old, path=path)
+    expects = fields.get(b"expect", b"").lower() == b"100-continue"
+    size = 0 if size == -1 else size
+    return Head(headers, size, keeps_alive, method.decode(), target, is_old, path=path, expects_continue=expects)
 
 
 def own_request(method: str, path: str, *headers: tuple[bytes, bytes]) -> Head:
@@ -105,6 +136,32 @@ def parse_answer(raw: bytes) -> Head:
     ends = size == -1
     keeps_alive = not ends and _keeps_alive(fields, is_old)
     return Head(headers, None if ends else size, keeps_alive, status=status, is_old=is_old, ends_with_connection=ends)
+
+
+class HeadReader:
+    """Parses the heads that come on one connection. One that differs from the one before in nothing but its body's
+    size, as most do, is not parsed again."""
+
+    def __init__(self, parse: Callable[[bytes], Head]) -> None:
+        self._parse = parse
+        self._rest = b""
+        """The one before, without its content-length; b"" where there was none that may be taken."""
+        self._head = Head([], 0, False)
+
+    def read(self, raw: bytes) -> Head:
+        """As the function that parses. Raises `FramingError`."""
+        found = _LENGTH_LINE.search(raw)
+        if found is None:
+            return self._parse(raw)
+        size, rest = int(found[1]), raw[: found.start()] + raw[found.end() :]
+        if rest == self._rest:
+            return self._head.of_size(size)
+        head = self._parse(raw)
+        if head.body_size == size > 0:  # some answers have none, whatever they say
+            headers = [header for header in head.headers if header[0] != b"content-length"]
+            self._rest, self._head = rest, msgspec.structs.replace(head, headers=headers)
+            return self._head
+        return head
 
 
 def _parse_headers(raw: bytes, lines: list[bytes]) -> tuple[Headers, dict[bytes, bytes]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers, write_head
+from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers
 from headrace.cluster.replicas import RemoteReplica
 from headrace.cluster.upstream import BrokenAnswerError, Upstream
 from headrace.types.carried import CARRIED_HEADER, CARRY_HEADER, CONTINUES_HEADER
@@ -32,17 +32,19 @@ class RequestParts:
         method = "GET" if head.method == "HEAD" else head.method  # whose answer says how long it is, and has no body
         self._first = b"%b %b HTTP/1.1" % (method.encode(), head.target)
         self.body = body
-        headers = [header for header in head.headers if header[0] not in _NOT_SENT_ON]
+        lines = head.lines_without(_NOT_SENT_ON)
         authorization = head.header(b"authorization") if key is None else b"Bearer " + key.encode()
         if authorization:
-            headers.append((b"authorization", authorization))
+            lines += b"authorization: %b\r\n" % authorization
         if body or method not in ("GET", "DELETE"):
-            headers.append((b"content-length", b"%d" % len(body)))
-        self._headers = [*headers, *added]
+            lines += b"content-length: %d\r\n" % len(body)
+        for header in added:
+            lines += b"%b: %b\r\n" % header
+        self._lines = lines
 
     def head_for(self, replica: RemoteReplica) -> bytes:
         """The head of the request."""
-        return write_head(self._first, [(b"host", replica.host_header), *self._headers])
+        return b"%b\r\nhost: %b\r\n%b\r\n" % (self._first, replica.host_header, self._lines)
 
 
 def headers_back(head: Head, replica: RemoteReplica) -> Headers:

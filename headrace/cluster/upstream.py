@@ -9,7 +9,15 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from headrace.cluster.http_parts import MAX_CHUNK_BYTES, MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
+from headrace.cluster.http_parts import (
+    MAX_CHUNK_BYTES,
+    MAX_HEAD_BYTES,
+    ChunkReader,
+    FramingError,
+    Head,
+    HeadReader,
+    parse_answer,
+)
 from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError
 
 MAX_ANSWER_BYTES = 4 << 30
@@ -17,6 +25,8 @@ MAX_UNREAD_BYTES = 1 << 20
 IDLE_SECONDS = 20.0
 """Well below what servers keep an idle connection for, so that few are closed under a request."""
 _END_OF_HEAD = b"\r\n\r\n"
+_FIRST_FINAL = 200
+"""The least status that is no interim one."""
 
 
 class BrokenAnswerError(UnreachableError):
@@ -137,6 +147,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._buffer = bytearray()
         self._parts: list[bytes] = []
         self._num_unread = 0
+        self._heads = HeadReader(parse_answer)
         self._head: Head | None = None
         self._chunks: ChunkReader | None = None
         self._num_left = 0
@@ -207,9 +218,10 @@ class UpstreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.used_at = self._loop.time()
         self.has_begun = True
-        self._buffer += data
         try:
-            self._parse()
+            if self._buffer or not self._take_at_once(data):
+                self._buffer += data
+                self._parse()
         except FramingError as error:
             self.fail(BrokenAnswerError(f"the replica's answer is no HTTP: {error}", had_begun=True))
         if self._num_unread > MAX_UNREAD_BYTES and not self._is_paused:
@@ -242,6 +254,22 @@ class UpstreamConnection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def _take_at_once(self, data: bytes) -> bool:
+        """Take the whole answer that `data` is, without a copy in the buffer; False if it is no more or less than
+        one."""
+        end = data.find(_END_OF_HEAD)
+        if end < 0 or self._head is not None or self._is_complete:
+            return False
+        head = self._heads.read(data[:end])
+        start = end + len(_END_OF_HEAD)
+        size = len(data) - start
+        if head.status < _FIRST_FINAL or head.body_size != size:
+            return False
+        self._head, self._is_complete = head, True
+        if size:
+            self._parts, self._num_unread = [data[start:]], size
+        return True
+
     def _parse(self) -> None:
         if self._head is None and not self._parse_head():
             return
@@ -264,9 +292,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._is_complete:
             raise FramingError("it sends without being asked")
         while (end := self._buffer.find(_END_OF_HEAD)) >= 0:
-            head = parse_answer(bytes(self._buffer[:end]))
+            head = self._heads.read(bytes(self._buffer[:end]))
             del self._buffer[: end + len(_END_OF_HEAD)]
-            if head.status >= 200:
+            if head.status >= _FIRST_FINAL:
                 self._head = head
                 is_open = head.body_size is None
                 self._num_left = -1 if is_open else head.body_size or 0
