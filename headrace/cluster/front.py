@@ -15,14 +15,15 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
+from headrace.cluster.eager import EagerCall
 from headrace.cluster.http_parts import (
     LAST_CHUNK,
     MAX_HEAD_BYTES,
     ChunkReader,
     FramingError,
     Head,
-    HeadReader,
     Headers,
+    HeadReader,
     in_chunk,
     parse_request,
     status_line,
@@ -40,6 +41,8 @@ LINGER_SECONDS = 5.0
 """A refused client that still sends is read and forgotten for so long, or a reset would take the answer from it."""
 LOOK_SECONDS = 0.5
 DRAIN_LOOK_SECONDS = 0.02
+CUT_SECONDS = 1.0
+"""What is cut off in the end has so long to give back what it holds."""
 _MAX_BACKLOG_BYTES = 256 << 10
 _BACKLOG = 4096
 _END_OF_HEAD = b"\r\n\r\n"
@@ -64,7 +67,8 @@ class Handler(Protocol):
         ...
 
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
-        """Answer a request. Cancelled when the client goes away; a `HeadraceError` is answered here."""
+        """Answer a request. Cancelled when the client goes away; a `HeadraceError` is answered here. No task of
+        asyncio's, but an `EagerCall`."""
         ...
 
 
@@ -83,13 +87,14 @@ class Exchange:
         self._num_bytes, self._refusal = 0, b""
         self._began = time.perf_counter()
 
-    def reply(self, status: int, headers: Headers, body: bytes) -> None:
-        """A whole answer."""
+    def reply(self, status: int, headers: Headers, body: bytes, lines: bytes = b"") -> None:
+        """A whole answer. `lines`: further headers, each with the end of its line."""
         self.status, self.has_begun, self.is_complete = status, True, True
         headers = [*headers, (b"content-length", b"%d" % len(body)), *self._last_words()]
-        body = b"" if self._head.method == "HEAD" else body
+        if self._head.method == "HEAD":
+            body = b""
         self._num_bytes, self._refusal = len(body), body if status >= 400 else b""
-        self._connection.write(write_head(status_line(status), headers) + body)
+        self._connection.write(write_head(status_line(status), headers, lines) + body)
 
     def error(self, body: dict[str, Any]) -> None:
         """A whole answer that is an error, as a server's."""
@@ -98,15 +103,13 @@ class Exchange:
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
         self.reply(body["code"], headers, msgspec.json.encode(body))
 
-    def begin(self, status: int, headers: Headers) -> None:
-        """The head of an answer whose length is not known."""
-        self.status, self.has_begun = status, True
-        self.media_type = next((value for name, value in headers if name == b"content-type"), b"")
+    def begin(self, status: int, media_type: bytes, lines: bytes) -> None:
+        """The head of an answer whose length is not known. `lines`: its headers, each with the end of its line."""
+        self.status, self.has_begun, self.media_type = status, True, media_type
         self._has_body = self._head.method != "HEAD"
         self._is_chunked = self._has_body and not self._head.is_old
-        if self._is_chunked:
-            headers = [*headers, (b"transfer-encoding", b"chunked")]
-        self._connection.write(write_head(status_line(status), [*headers, *self._last_words()]))
+        headers: Headers = [(b"transfer-encoding", b"chunked")] if self._is_chunked else []
+        self._connection.write(write_head(status_line(status), [*headers, *self._last_words()], lines))
 
     async def send(self, data: bytes) -> None:
         """A part of it; waits while the client does not take what it was sent."""
@@ -149,7 +152,7 @@ class ClientConnection(asyncio.Protocol):
         self._head: Head | None = None
         self._chunks: ChunkReader | None = None
         self._chunk_parts: list[bytes] = []
-        self._task: asyncio.Task[None] | None = None
+        self._call: EagerCall | None = None
         self._drained: asyncio.Future[None] | None = None
         self._is_full = self._is_lost = self._is_lingering = False
         self._is_due = False
@@ -161,7 +164,7 @@ class ClientConnection(asyncio.Protocol):
     @property
     def is_busy(self) -> bool:
         """True while a request is answered."""
-        return self._task is not None
+        return self._call is not None
 
     def look(self, now: float) -> None:
         """End a wait for the client that is too long."""
@@ -170,7 +173,7 @@ class ClientConnection(asyncio.Protocol):
             self._num_unsent, self._unsent_since = num_unsent, now
         if num_unsent and now - self._unsent_since > self.front.bounds.write_timeout:
             self._transport.abort()
-        elif self._task is None and now - self._waiting_since > self._limit:
+        elif self._call is None and now - self._waiting_since > self._limit:
             if self._head is None or self._is_lingering:
                 self._transport.abort()
             else:
@@ -206,8 +209,8 @@ class ClientConnection(asyncio.Protocol):
         self._is_lost = True
         self.resume_writing()
         self.front.discard(self)
-        if self._task is not None:
-            self._task.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     def pause_writing(self) -> None:
         self._is_full = True
@@ -221,7 +224,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
             return
-        is_waiting = self._task is None and not self._is_due and not self._is_full
+        is_waiting = self._call is None and not self._is_due and not self._is_full
         if not self._buffer and self._head is None and is_waiting:
             if self._begin_at_once(data):
                 return
@@ -304,10 +307,11 @@ class ClientConnection(asyncio.Protocol):
         return body
 
     def _begin(self, head: Head, body: bytes) -> None:
-        self._task = self._loop.create_task(self._answer(head, body, Exchange(self, head)))
+        self._call = EagerCall(self._answer(head, body, Exchange(self, head)), self._loop)
+        self._call.begin()
 
     async def _answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
-        """Have a request answered; what follows from that is done here, without a further turn of the loop."""
+        """Have a request answered, and do what follows from that."""
         try:
             await self.front.handler.answer(head, body, exchange)
         except Exception as error:
@@ -319,13 +323,15 @@ class ClientConnection(asyncio.Protocol):
         """A request is answered, or not."""
         if self.front.logs_answers:
             exchange.log(self._client, self._head)
-        self._task = self._head = None
+        self._call = self._head = None
         if self._is_lost:
             return
         if not exchange.is_complete:
             self._transport.abort()  # the client must not take what it has for the whole
         elif not exchange.keeps_connection:
             self._transport.close()
+        elif self._buffer:
+            self._go_on_soon()
         else:
             self._go_on()
 
@@ -349,25 +355,29 @@ class ClientConnection(asyncio.Protocol):
             exchange.log(self._client, head or self._head)
         self._head = None
         if exchange.keeps_connection:
-            self._is_due = True
-            self._loop.call_soon(self._go_on)
+            self._go_on_soon()
             return
         self._buffer.clear()
         self._wait(LINGER_SECONDS)
         self._is_lingering = True
         self._transport.write_eof()
 
+    def _go_on_soon(self) -> None:
+        """Not at once: many may be answered without a wait, each within the one before."""
+        self._is_due = True
+        self._loop.call_soon(self._go_on)
+
     def _go_on(self) -> None:
         """A request has its answer: the next one, which may be there already. None is begun while the client does not
         take its answers, and in the end nothing more is read."""
         self._is_due = False
-        if self._is_lost or self._is_lingering or self._is_full or self._task is not None:
+        if self._is_lost or self._is_lingering or self._is_full or self._call is not None:
             return
         if self._head is None:
             self._wait(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
         if self._buffer:
             self._advance()
-        if len(self._buffer) <= _MAX_BACKLOG_BYTES or not (self._is_due or self._task is not None):
+        if len(self._buffer) <= _MAX_BACKLOG_BYTES or not (self._is_due or self._call is not None):
             self._transport.resume_reading()
 
 
@@ -399,9 +409,13 @@ class Front:
         self._server.close()
         if num_busy:
             logger.warning("%d requests did not finish in %g s and are cut off", num_busy, seconds)
+        cut = [each for each in self._connections if each.is_busy]
         for connection in list(self._connections):
             connection.close()
         self._looking.cancel()
+        end = loop.time() + CUT_SECONDS
+        while any(each.is_busy for each in cut) and loop.time() < end:
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
         await asyncio.sleep(0)
 
     def add(self, connection: ClientConnection) -> None:

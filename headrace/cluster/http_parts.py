@@ -268,9 +268,9 @@ class ChunkReader:
         self._in_trailer, self._size = size == 0, size or None
 
 
-def write_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A head, with the empty line at its end."""
-    return b"\r\n".join((first, *map(b": ".join, headers), b"", b""))
+def write_head(first: bytes, headers: Iterable[tuple[bytes, bytes]], lines: bytes = b"") -> bytes:
+    """A head, with the empty line at its end. `lines`: further headers, each with the end of its line."""
+    return b"\r\n".join((first, *map(b": ".join, headers), lines + b"\r\n"))
 
 
 def status_line(status: int) -> bytes:

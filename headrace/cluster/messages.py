@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.cluster.http_parts import HOP_HEADERS, Head, Headers
+from headrace.cluster.http_parts import HOP_HEADERS, Head
 from headrace.cluster.replicas import RemoteReplica
 from headrace.cluster.upstream import BrokenAnswerError, Upstream
 from headrace.types.carried import CARRIED_HEADER, CARRY_HEADER, CONTINUES_HEADER
@@ -47,10 +47,9 @@ class RequestParts:
         return b"%b\r\nhost: %b\r\n%b\r\n" % (self._first, replica.host_header, self._lines)
 
 
-def headers_back(head: Head, replica: RemoteReplica) -> Headers:
-    """The headers of an answer, as the client gets them."""
-    passed = [header for header in head.headers if header[0] not in _NOT_PASSED_BACK]
-    return [*passed, (REPLICA_HEADER, replica.id.encode())]
+def lines_back(head: Head, replica: RemoteReplica) -> bytes:
+    """The headers of an answer, as the client gets them, each with the end of its line."""
+    return b"%b%b: %b\r\n" % (head.lines_without(_NOT_PASSED_BACK), REPLICA_HEADER, replica.id.encode())
 
 
 async def exchange_whole(

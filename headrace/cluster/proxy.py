@@ -15,7 +15,7 @@ import msgspec
 
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
-from headrace.cluster.messages import INSTANCE_HEADER, REPLICA_HEADER, RequestParts, headers_back
+from headrace.cluster.messages import INSTANCE_HEADER, REPLICA_HEADER, RequestParts, lines_back
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
@@ -36,6 +36,7 @@ MAX_HELD_BYTES = 256 << 20
 """A larger answer is passed on as it comes."""
 _OK, _UNAVAILABLE = 200, 503
 _ANY = Ask()
+_TYPE = b"content-type"
 _SSE_TYPE = b"text/event-stream"
 _SSE_GAP = b"\n\n"
 
@@ -145,7 +146,7 @@ class Proxy:
                 return False
             if exchange.has_begun:
                 raise UnreachableError(f"{replica.id} does not go on with it: it answers {answer.status}")
-            exchange.reply(answer.status, headers_back(answer, replica), whole)
+            exchange.reply(answer.status, [], whole, lines_back(answer, replica))
             return True
 
     async def _carry(
@@ -160,13 +161,13 @@ class Proxy:
     ) -> bool:
         """Pass on what is told. `BrokenAnswerError` if the replica, or the engine in it, dies: it can go on elsewhere.
         False as of `_ask`."""
-        headers, holds = headers_back(answer, replica), is_whole(answer)
+        lines, holds = lines_back(answer, replica), is_whole(answer)
         is_complete = False
         with contextlib.ExitStack() as suppressing:
             while part := await connection.read_part():
                 told, is_complete, problem = resumption.take(part, is_whole=holds)
                 if not holds and not exchange.has_begun and (told or is_complete):
-                    exchange.begin(answer.status, headers)
+                    exchange.begin(answer.status, answer.header(_TYPE), lines)
                 if told:
                     await exchange.send(told)
                 if problem:
@@ -188,7 +189,7 @@ class Proxy:
         self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
     ) -> None:
         part = await connection.read_part()
-        exchange.begin(answer.status, headers_back(answer, replica))
+        exchange.begin(answer.status, answer.header(_TYPE), lines_back(answer, replica))
         last = part
         try:
             while part:

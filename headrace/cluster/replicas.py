@@ -222,13 +222,7 @@ class Replicas:
         then nothing helps but another update."""
         candidates = self._offered(avoided)
         if not candidates:
-            try:
-                async with asyncio.timeout(self._wait_timeout):
-                    while not (candidates := self._offered(avoided)):
-                        self._check_weights()
-                        await self._changed()
-            except TimeoutError:
-                raise UnreachableError(self._why_none()) from None
+            candidates = await asyncio.get_running_loop().create_task(self._offered_later(avoided))
         choice = self._policy.choose(ask, candidates)
         return self._by_number[choice.number], choice
 
@@ -248,6 +242,16 @@ class Replicas:
             if each.is_healthy and each.is_current and not each.trouble and each.number not in avoided
         ]
         return ready or self._offered_where_none_is_ready(avoided)
+
+    async def _offered_later(self, avoided: Collection[int]) -> list[Candidate]:
+        try:
+            async with asyncio.timeout(self._wait_timeout):
+                while not (candidates := self._offered(avoided)):
+                    self._check_weights()
+                    await self._changed()
+                return candidates
+        except TimeoutError:
+            raise UnreachableError(self._why_none()) from None
 
     def _offered_where_none_is_ready(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]

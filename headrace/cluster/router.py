@@ -112,25 +112,17 @@ class ReplicaRouter:
 
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """See `Handler`."""
-        clock, path = asyncio.get_running_loop().time, head.path
-        began = clock()
+        loop, path = asyncio.get_running_loop(), head.path
+        began = loop.time()
         route = route_of(path)
         assert route is not None  # or it had been refused
         try:
             if route.treatment in ("generate", "route"):
                 await self._proxy.pass_on(head, body, exchange, generates=route.treatment == "generate")
-            elif route.treatment == "fan_out":
-                await self._fan_out.command(head, body, exchange)
-            elif route.treatment == "agree":
-                await self._fan_out.question(head, body, exchange)
-            elif route.treatment == "update":
-                await self._updates.command(head, body, exchange)
-            elif route.treatment == "group":
-                await self._groups.command(head, body, exchange)
-            elif route.treatment == "session":
-                await self._sessions.command(head, body, exchange)
+            elif route.treatment != "own":
+                await loop.create_task(self._command(route, head, body, exchange))
             elif path in PAGE_PATHS or worker_of_metrics(path):
-                await self._pages.answer(head, exchange)
+                await loop.create_task(self._pages.answer(head, exchange))
             else:
                 self._own.answer(head, body, exchange)
         except asyncio.CancelledError:
@@ -138,7 +130,20 @@ class ReplicaRouter:
             raise
         finally:
             if route.treatment == "generate":
-                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, clock() - began)
+                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, loop.time() - began)
+
+    async def _command(self, route: RouterRoute, head: Head, body: bytes, exchange: Exchange) -> None:
+        """A call that all replicas answer."""
+        if route.treatment == "fan_out":
+            await self._fan_out.command(head, body, exchange)
+        elif route.treatment == "agree":
+            await self._fan_out.question(head, body, exchange)
+        elif route.treatment == "update":
+            await self._updates.command(head, body, exchange)
+        elif route.treatment == "group":
+            await self._groups.command(head, body, exchange)
+        else:
+            await self._sessions.command(head, body, exchange)
 
 
 def _misdirected(head: Head, route: RouterRoute | None) -> dict[str, Any] | None:

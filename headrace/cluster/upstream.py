@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+from headrace.cluster.eager import News
 from headrace.cluster.http_parts import (
     MAX_CHUNK_BYTES,
     MAX_HEAD_BYTES,
@@ -72,15 +73,23 @@ class Upstream:
 
     async def connect(self) -> UpstreamConnection:
         """A new connection, busy until it is given back. Raises `BrokenAnswerError`."""
-        loop = asyncio.get_running_loop()
+        connecting = asyncio.get_running_loop().create_task(self._connect())
+        try:
+            connection = await connecting
+        except asyncio.CancelledError:
+            connecting.add_done_callback(_drop)
+            raise
+        self._busy.add(connection)
+        return connection
+
+    async def _connect(self) -> UpstreamConnection:
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(UpstreamConnection, *self._address)
+                _, connection = await asyncio.get_running_loop().create_connection(UpstreamConnection, *self._address)
         except TimeoutError:
             raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
             raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
-        self._busy.add(connection)
         return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
@@ -121,6 +130,12 @@ class Upstream:
             self._idle.pop().abort()
 
 
+def _drop(connecting: asyncio.Task[UpstreamConnection]) -> None:
+    """Nobody wants that connection any more."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().abort()
+
+
 class _Use:
     """One use of a connection. A class, since a generator would cost a request more than all else of it."""
 
@@ -153,7 +168,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._num_left = 0
         self._is_complete = True
         self._error: HeadraceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._news = News(self._loop)
         self._is_paused = False
         self.is_reused = False
         self.used_at = self._loop.time()
@@ -205,8 +220,8 @@ class UpstreamConnection(asyncio.Protocol):
         """Have whoever waits for the answer see `error`."""
         if self._error is None:
             self._error = error
-        self._wake()
         self._transport.abort()
+        self._news.come()
 
     def abort(self) -> None:
         """Close it now; the replica sees that its client has gone."""
@@ -224,10 +239,11 @@ class UpstreamConnection(asyncio.Protocol):
                 self._parse()
         except FramingError as error:
             self.fail(BrokenAnswerError(f"the replica's answer is no HTTP: {error}", had_begun=True))
+            return
         if self._num_unread > MAX_UNREAD_BYTES and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
-        self._wake()
+        self._news.come()
 
     def connection_lost(self, exc: Exception | None) -> None:
         is_cut = exc is not None or self._error is not None  # by us, if there is an error already
@@ -236,23 +252,15 @@ class UpstreamConnection(asyncio.Protocol):
         if self._error is None:
             message = "the connection to the replica broke" if self.has_begun else "the replica closed the connection"
             self._error = BrokenAnswerError(message, had_begun=self.has_begun, was_idle=self.is_reused)
-        self._wake()
+        self._news.come()
 
     async def _next(self) -> None:
         """Wait until something comes."""
         if self._error is not None and not self._is_complete:
             raise self._error
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        await self._news
         if self._error is not None and not self._is_complete and not self._parts:
             raise self._error
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     def _take_at_once(self, data: bytes) -> bool:
         """Take the whole answer that `data` is, without a copy in the buffer; False if it is no more or less than
