@@ -23,17 +23,21 @@ class News:
     def __await__(self) -> Any:
         self._is_cancelled, self._asyncio_future_blocking = False, True
         yield self
-        self.result()
+        if self._is_cancelled:
+            raise asyncio.CancelledError
 
     def come(self) -> None:
-        """Have whoever waits go on; to be called last, as it may do anything. Within a task it goes on after that has
-        given way, since no two of them can run at once."""
-        callback, self._callback = self._callback, None
-        if callback is None:
-            return
-        if asyncio.current_task(self._loop) is None:
+        """Have whoever waits go on, now. To be called by the loop alone, not within a task, and last of all, as it may
+        do anything."""
+        callback = self._callback
+        if callback is not None:
+            self._callback = None
             callback(self)
-        else:
+
+    def come_soon(self) -> None:
+        """Have whoever waits go on in the loop's next turn."""
+        callback, self._callback = self._callback, None
+        if callback is not None:
             self._loop.call_soon(callback, self)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
@@ -60,8 +64,8 @@ class News:
 
 
 class EagerCall:
-    """A coroutine that runs from `begin` on, at once, up to where it waits, for a future, a task or `News`. It is no
-    task: what needs one, such as `asyncio.timeout`, it gives to a task of its own and waits for that."""
+    """A coroutine that runs as soon as it is told to `go_on`, up to where it waits, for a future, a task or `News`. It
+    is no task: what needs one, such as `asyncio.timeout`, it gives to a task of its own and waits for that."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
         self._coroutine = coroutine
@@ -69,16 +73,13 @@ class EagerCall:
         self._awaited: Any = None
         self._is_cancelled = False
 
-    def begin(self) -> None:
-        """Run it up to where it waits first. To be called once."""
-        self._go_on(None)
-
     def cancel(self) -> None:
         """Have `CancelledError` raised where it waits, or will wait next."""
         if self._awaited is None or not self._awaited.cancel():
             self._is_cancelled = True
 
-    def _go_on(self, _: object) -> None:
+    def go_on(self, _: object = None) -> None:
+        """Run it up to where it waits next. To be called once; then it goes on by itself."""
         self._awaited = None
         try:
             if self._is_cancelled:
@@ -89,6 +90,6 @@ class EagerCall:
         except (StopIteration, asyncio.CancelledError):
             return
         self._awaited = awaited
-        awaited.add_done_callback(self._go_on)
+        awaited.add_done_callback(self.go_on)
         if self._is_cancelled and awaited.cancel():
             self._is_cancelled = False

@@ -127,8 +127,11 @@ class Exchange:
     def log(self, client: str, head: Head | None) -> None:
         """Write its line to the log; `head` is None of what was no request."""
         method, path = (head.method, head.path) if head is not None else ("-", "-")
-        seconds = time.perf_counter() - self._began
-        log_answer(client, method, path, self.status, self._num_bytes, seconds, self._refusal)
+        log_answer(client, method, path, self.status, self._num_bytes, self.seconds(), self._refusal)
+
+    def seconds(self) -> float:
+        """Since the whole request was there."""
+        return time.perf_counter() - self._began
 
     @property
     def keeps_connection(self) -> bool:
@@ -188,10 +191,6 @@ class ClientConnection(asyncio.Protocol):
         """Close it; an answer that is whole is sent to its end."""
         (self._transport.abort if self.is_busy else self._transport.close)()
 
-    def write(self, data: bytes) -> None:
-        """Send bytes; never waits."""
-        self._transport.write(data)
-
     async def drain(self) -> None:
         """Wait until the client has taken enough of what it was sent."""
         if self._is_full and not self._is_lost:
@@ -200,6 +199,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self.write = self._transport.write
+        """Sends bytes; never waits."""
         if self.front.logs_answers:
             peer = transport.get_extra_info("peername")
             self._client = f"{peer[0]}:{peer[1]}" if peer else "-"
@@ -308,7 +309,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, head: Head, body: bytes) -> None:
         self._call = EagerCall(self._answer(head, body, Exchange(self, head)), self._loop)
-        self._call.begin()
+        self._call.go_on()
 
     async def _answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """Have a request answered, and do what follows from that."""
@@ -333,7 +334,7 @@ class ClientConnection(asyncio.Protocol):
         elif self._buffer:
             self._go_on_soon()
         else:
-            self._go_on()
+            self._wait(IDLE_SECONDS)
 
     def _tell(self, exchange: Exchange, error: Exception) -> None:
         """Answer with an error, where nothing is said yet."""

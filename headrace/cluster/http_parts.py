@@ -9,6 +9,7 @@ from __future__ import annotations
 import http
 import re
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -39,6 +40,8 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length: ?([0-9]{1,15})(?=\r\n|\Z)", re.IGNORECASE)
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,12})[ \t]*(?:;[^\r\n]*)?")
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}".encode() for each in http.HTTPStatus}
+_Derived = TypeVar("_Derived")
+_MISSING = object()
 
 
 class FramingError(Exception):
@@ -66,8 +69,7 @@ class Head(msgspec.Struct, frozen=True):
     path: str = ""
     """What the target begins with, up to a question mark."""
     expects_continue: bool = False
-    _lines: dict[frozenset[bytes], bytes] = msgspec.field(default_factory=dict)
-    """What `lines_without` gave: heads that differ in `body_size` alone share it."""
+    _derived: dict[Callable[[Head], Any], Any] = msgspec.field(default_factory=dict)
 
     def of_size(self, body_size: int) -> Head:
         """The same with a body of another size."""
@@ -82,16 +84,20 @@ class Head(msgspec.Struct, frozen=True):
             self.ends_with_connection,
             self.path,
             self.expects_continue,
-            self._lines,
+            self._derived,
         )
+
+    def derived(self, derive: Callable[[Head], _Derived]) -> _Derived:
+        """What `derive` gives for it, once for all heads that differ in `body_size` alone, of which it must not
+        depend."""
+        found = self._derived.get(derive, _MISSING)
+        if found is _MISSING:
+            found = self._derived[derive] = derive(self)
+        return cast(_Derived, found)
 
     def lines_without(self, names: frozenset[bytes]) -> bytes:
         """The headers that have none of these names as lines, each with its end."""
-        lines = self._lines.get(names)
-        if lines is None:
-            lines = b"".join([b"%b: %b\r\n" % header for header in self.headers if header[0] not in names])
-            self._lines[names] = lines
-        return lines
+        return b"".join([b"%b: %b\r\n" % header for header in self.headers if header[0] not in names])
 
     def header(self, name: bytes) -> bytes:
         """Its value; b"" where there is none."""

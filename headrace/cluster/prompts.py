@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.cluster.http_parts import Headers
+from headrace.cluster.http_parts import Head
 from headrace.cluster.policies import Ask
 from headrace.cluster.prefix_index import blocks_of
 from headrace.ipc.codec import DECODE_ERRORS
@@ -53,13 +53,8 @@ _CUT = b"[]"
 _NO_SAMPLING = _Sampling()
 
 
-def read_ask(headers: Headers, body: bytes) -> Ask:
-    """What there is to say of a request."""
-    key = ""
-    for name, value in headers:
-        if name in ROUTING_KEY_HEADERS:
-            key = value.decode("latin-1")
-            break
+def read_ask(body: bytes, key: str = "") -> Ask:
+    """What there is to say of a request with this body and `routing_key`."""
     if len(body) > MAX_READ_BYTES:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     try:
@@ -71,6 +66,14 @@ def read_ask(headers: Headers, body: bytes) -> Ask:
     num_new = EXPECTED_NEW_TOKENS if limit is None else min(limit, EXPECTED_NEW_TOKENS)
     num_samples = _first_count(sampling.n, found.n) or 1
     return Ask(_num_tokens(prompt), num_new, min(num_samples, 1 << 16), blocks_of(prompt), key)
+
+
+def routing_key(head: Head) -> str:
+    """The caller's word for what belongs together; "" if there is none."""
+    for name, value in head.headers:
+        if name in ROUTING_KEY_HEADERS:
+            return value.decode("latin-1")
+    return ""
 
 
 def _read(body: bytes) -> tuple[_Body, bytes]:

@@ -19,7 +19,7 @@ from headrace.cluster.messages import INSTANCE_HEADER, REPLICA_HEADER, RequestPa
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
-from headrace.cluster.prompts import read_ask
+from headrace.cluster.prompts import read_ask, routing_key
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.resumption import (
     Resumption,
@@ -47,12 +47,13 @@ class Proxy:
     def __init__(self, replicas: Replicas, options: RouterOptions, metrics: RouterMetrics) -> None:
         self._replicas = replicas
         self._options = options
+        self._data_key = options.data_key
         self._metrics = metrics
 
     async def pass_on(self, head: Head, body: bytes, exchange: Exchange, *, generates: bool) -> None:
         """Have a call answered. Raises `UnreachableError` when no replica did, `NeedsWeightsError` when none could with
         current weights, `DeadlineError` when one was silent."""
-        ask = read_ask(head.headers, body) if generates else _ANY
+        ask = read_ask(body, head.derived(routing_key)) if generates else _ANY
         mode = self._options.resume
         resumption = Resumption(body, mode, self._options.max_body_bytes) if generates and mode != "off" else None
         try:
@@ -80,15 +81,17 @@ class Proxy:
             if generates:
                 self._metrics.count_choice(choice, ask)
             added, sent = ([], body) if resumption is None else resumption.request()
-            parts = RequestParts(head, sent, self._options.data_key, added)
-            with self._replicas.sending(replica, choice):
-                try:
-                    if await self._ask(replica, parts, exchange, resumption, is_last=not left):
-                        return
-                    reason = f"{replica.id} refused it"
-                except BrokenAnswerError as error:
-                    reason = f"{replica.id}: {error.message}"
-                    self._note_broken(replica, error)
+            parts = RequestParts(head, sent, self._data_key, added)
+            self._replicas.note_sent(replica, choice)
+            try:
+                if await self._ask(replica, parts, exchange, resumption, is_last=not left):
+                    return
+                reason = f"{replica.id} refused it"
+            except BrokenAnswerError as error:
+                reason = f"{replica.id}: {error.message}"
+                self._note_broken(replica, error)
+            finally:
+                self._replicas.note_answered(replica, choice)
             avoided.add(replica.number)
             self._metrics.retries.inc(min(left, 1))
             if resumption is not None:
@@ -126,7 +129,8 @@ class Proxy:
         fresh: bool,
         is_last: bool,
     ) -> bool:
-        async with replica.upstream.connection(fresh=fresh) as connection:
+        connection = await replica.upstream.lend(fresh=fresh)
+        try:
             if not replica.is_current:  # while it connected
                 raise LeftRotationError("it has left the rotation")
             connection.send(parts.head_for(replica), parts.body)
@@ -141,13 +145,15 @@ class Proxy:
             if is_stream and not exchange.has_begun:
                 await self._stream(replica, answer, connection, exchange)
                 return True
-            whole = await _read_whole(connection, answer.body_size or 0)
+            whole = await connection.read_whole()
             if answer.status == _UNAVAILABLE and not is_last and _may_go_elsewhere(whole):
                 return False
             if exchange.has_begun:
                 raise UnreachableError(f"{replica.id} does not go on with it: it answers {answer.status}")
             exchange.reply(answer.status, [], whole, lines_back(answer, replica))
             return True
+        finally:
+            replica.upstream.give_back(connection)
 
     async def _carry(
         self,
@@ -231,16 +237,6 @@ async def _end_broken(exchange: Exchange, last: bytes, error: HeadraceError) -> 
     if end is not None:
         await exchange.send(end)
         exchange.end()
-
-
-async def _read_whole(connection: UpstreamConnection, size: int) -> bytes:
-    whole = await connection.read_part()
-    if len(whole) < size:
-        held = [whole]
-        while part := await connection.read_part():
-            held.append(part)
-        whole = b"".join(held)
-    return whole
 
 
 def _end_of_sse(error: HeadraceError) -> bytes:

@@ -70,23 +70,6 @@ class RemoteReplica:
         return Candidate(self.number, self.num_requests, self.num_tokens)
 
 
-class _Sending:
-    """Counts a request, and the tokens expected of it, while it is at a replica."""
-
-    def __init__(self, replica: RemoteReplica, num_tokens: int) -> None:
-        self._replica = replica
-        self._num_tokens = num_tokens
-
-    def __enter__(self) -> None:
-        self._replica.num_requests += 1
-        self._replica.num_tokens += self._num_tokens
-        self._replica.num_sent += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._replica.num_requests -= 1
-        self._replica.num_tokens -= self._num_tokens
-
-
 class Replicas:
     """All of them, in the order in which they came. Lives on the router's loop."""
 
@@ -231,9 +214,16 @@ class Replicas:
         for each in self:
             self._policy.forget(each.number)
 
-    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> _Sending:
-        """For `with`: a request is at the replica inside the block."""
-        return _Sending(replica, choice.num_tokens)
+    def note_sent(self, replica: RemoteReplica, choice: ReplicaChoice) -> None:
+        """A request is at the replica from now on, until `note_answered`."""
+        replica.num_requests += 1
+        replica.num_tokens += choice.num_tokens
+        replica.num_sent += 1
+
+    def note_answered(self, replica: RemoteReplica, choice: ReplicaChoice) -> None:
+        """It is there no more, whatever has become of it."""
+        replica.num_requests -= 1
+        replica.num_tokens -= choice.num_tokens
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
         ready = [

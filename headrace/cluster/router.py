@@ -102,27 +102,31 @@ class ReplicaRouter:
 
     def refusal(self, head: Head) -> dict[str, Any] | None:
         """See `Handler`."""
-        route = route_of(head.path)
-        needed = "data" if route is None else route.access
-        body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
-        body = body or _misdirected(head, route)
+        route, body = head.derived(self._judged)
         if body is None and self._own.is_draining and route is not None and route.treatment != "own":
             return body_of(ShutdownError("the router is shutting down"))
         return body
 
+    def _judged(self, head: Head) -> tuple[RouterRoute | None, dict[str, Any] | None]:
+        """The route of a request, and the error body for one that is refused. Neither the keys nor anything else that
+        decides it ever changes."""
+        route = route_of(head.path)
+        needed = "data" if route is None else route.access
+        body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
+        return route, body or _misdirected(head, route)
+
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """See `Handler`."""
-        loop, path = asyncio.get_running_loop(), head.path
-        began = loop.time()
-        route = route_of(path)
+        path = head.path
+        route, _ = head.derived(self._judged)
         assert route is not None  # or it had been refused
         try:
             if route.treatment in ("generate", "route"):
                 await self._proxy.pass_on(head, body, exchange, generates=route.treatment == "generate")
             elif route.treatment != "own":
-                await loop.create_task(self._command(route, head, body, exchange))
+                await asyncio.create_task(self._command(route, head, body, exchange))
             elif path in PAGE_PATHS or worker_of_metrics(path):
-                await loop.create_task(self._pages.answer(head, exchange))
+                await asyncio.create_task(self._pages.answer(head, exchange))
             else:
                 self._own.answer(head, body, exchange)
         except asyncio.CancelledError:
@@ -130,7 +134,7 @@ class ReplicaRouter:
             raise
         finally:
             if route.treatment == "generate":
-                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, loop.time() - began)
+                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, exchange.seconds())
 
     async def _command(self, route: RouterRoute, head: Head, body: bytes, exchange: Exchange) -> None:
         """A call that all replicas answer."""

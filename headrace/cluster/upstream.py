@@ -56,33 +56,29 @@ class Upstream:
         self._busy: set[UpstreamConnection] = set()
         self._is_closed = False
 
-    def connection(self, *, fresh: bool = False, is_data: bool = True) -> _Use:
-        """For `async with`: a connection for one request and its answer, idle ones first unless a `fresh` one is
-        wanted; `is_data` if `cut_data` is to end it. It is closed when the block is left before the answer is complete.
-        Raises `BrokenAnswerError` when none can be had."""
-        return _Use(self, fresh, is_data)
-
-    def take_idle(self) -> UpstreamConnection | None:
-        """A connection that waited for its next request, if there is one; it is busy until it is given back."""
-        while self._idle:
+    async def lend(self, *, fresh: bool = False, is_data: bool = True) -> UpstreamConnection:
+        """A connection for one request and its answer, to be given back; idle ones first unless a `fresh` one is
+        wanted; `is_data` if `cut_data` is to end it. Raises `BrokenAnswerError` when none can be had."""
+        while self._idle and not fresh:
             connection = self._idle.pop()
             if connection.may_be_used_again:
-                self._busy.add(connection)
-                return connection
-        return None
-
-    async def connect(self) -> UpstreamConnection:
-        """A new connection, busy until it is given back. Raises `BrokenAnswerError`."""
-        connecting = asyncio.get_running_loop().create_task(self._connect())
-        try:
-            connection = await connecting
-        except asyncio.CancelledError:
-            connecting.add_done_callback(_drop)
-            raise
+                break
+        else:
+            connection = await self._connect()
         self._busy.add(connection)
+        connection.is_data = is_data
         return connection
 
     async def _connect(self) -> UpstreamConnection:
+        """A new connection. It is made in a task of its own, since who asks may be none."""
+        connecting = asyncio.get_running_loop().create_task(self._new_connection())
+        try:
+            return await connecting
+        except asyncio.CancelledError:
+            connecting.add_done_callback(_drop)
+            raise
+
+    async def _new_connection(self) -> UpstreamConnection:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 _, connection = await asyncio.get_running_loop().create_connection(UpstreamConnection, *self._address)
@@ -93,7 +89,8 @@ class Upstream:
         return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
-        """It is used no more, and stays if it may be used again."""
+        """It is used no more, and stays if it may be used again; else, as before its answer is complete, it is
+        closed."""
         self._busy.discard(connection)
         if connection.may_be_used_again and not self._is_closed:
             connection.is_reused = True
@@ -134,24 +131,6 @@ def _drop(connecting: asyncio.Task[UpstreamConnection]) -> None:
     """Nobody wants that connection any more."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result().abort()
-
-
-class _Use:
-    """One use of a connection. A class, since a generator would cost a request more than all else of it."""
-
-    def __init__(self, upstream: Upstream, fresh: bool, is_data: bool) -> None:
-        self._upstream = upstream
-        self._fresh = fresh
-        self._is_data = is_data
-
-    async def __aenter__(self) -> UpstreamConnection:
-        connection = None if self._fresh else self._upstream.take_idle()
-        self._connection = connection or await self._upstream.connect()
-        self._connection.is_data = self._is_data
-        return self._connection
-
-    async def __aexit__(self, *_: object) -> None:
-        self._upstream.give_back(self._connection)
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -216,12 +195,22 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.resume_reading()
         return part
 
+    async def read_whole(self) -> bytes:
+        """All of the body that has not been read. Raises as `read_head`."""
+        whole = await self.read_part()
+        if not self._is_complete or self._parts:
+            held = [whole]
+            while part := await self.read_part():
+                held.append(part)
+            whole = b"".join(held)
+        return whole
+
     def fail(self, error: HeadraceError) -> None:
         """Have whoever waits for the answer see `error`."""
         if self._error is None:
             self._error = error
         self._transport.abort()
-        self._news.come()
+        self._news.come_soon()
 
     def abort(self) -> None:
         """Close it now; the replica sees that its client has gone."""
