@@ -9,7 +9,7 @@ from __future__ import annotations
 import http
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -41,7 +41,6 @@ _LENGTH_LINE = re.compile(rb"\r\ncontent-length: ?([0-9]{1,15})(?=\r\n|\Z)", re.
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,12})[ \t]*(?:;[^\r\n]*)?")
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}".encode() for each in http.HTTPStatus}
 _Derived = TypeVar("_Derived")
-_MISSING = object()
 
 
 class FramingError(Exception):
@@ -90,10 +89,10 @@ class Head(msgspec.Struct, frozen=True):
     def derived(self, derive: Callable[[Head], _Derived]) -> _Derived:
         """What `derive` gives for it, once for all heads that differ in `body_size` alone, of which it must not
         depend."""
-        found = self._derived.get(derive, _MISSING)
-        if found is _MISSING:
-            found = self._derived[derive] = derive(self)
-        return cast(_Derived, found)
+        known: dict[Callable[[Head], _Derived], _Derived] = self._derived
+        if derive not in known:
+            known[derive] = derive(self)
+        return known[derive]
 
     def lines_without(self, names: frozenset[bytes]) -> bytes:
         """The headers that have none of these names as lines, each with its end."""

@@ -53,6 +53,11 @@ def _sent_on(head: Head) -> tuple[bytes, bytes, bool]:
     return first, head.lines_without(_NOT_SENT_ON), method not in ("GET", "DELETE")
 
 
+def instance_of(head: Head) -> bytes:
+    """Which process gave this answer; b"" where it does not say."""
+    return head.header(INSTANCE_HEADER)
+
+
 def lines_back(head: Head, replica: RemoteReplica) -> bytes:
     """The headers of an answer, as the client gets them, each with the end of its line."""
     return b"%b%b: %b\r\n" % (head.derived(_passed_back), REPLICA_HEADER, replica.id.encode())

@@ -58,14 +58,14 @@ def read_ask(body: bytes, key: str = "") -> Ask:
     if len(body) > MAX_READ_BYTES:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     try:
-        found, prompt = _read(body)
+        found, prompt, num_tokens = _read(body)
     except DECODE_ERRORS:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     sampling = found.sampling_params or _NO_SAMPLING
     limit = _first_count(sampling.max_new_tokens, sampling.max_tokens, found.max_tokens, found.max_completion_tokens)
     num_new = EXPECTED_NEW_TOKENS if limit is None else min(limit, EXPECTED_NEW_TOKENS)
     num_samples = _first_count(sampling.n, found.n) or 1
-    return Ask(_num_tokens(prompt), num_new, min(num_samples, 1 << 16), blocks_of(prompt), key)
+    return Ask(num_tokens, num_new, min(num_samples, 1 << 16), blocks_of(prompt), key)
 
 
 def routing_key(head: Head) -> str:
@@ -76,9 +76,9 @@ def routing_key(head: Head) -> str:
     return ""
 
 
-def _read(body: bytes) -> tuple[_Body, bytes]:
-    """A body, and the bytes of its prompt. Those of one that is a long list of ids are cut out before the rest is
-    decoded, which takes far longer than to find its end."""
+def _read(body: bytes) -> tuple[_Body, bytes, int]:
+    """A body, the bytes of its prompt, and its tokens. A prompt that is a long list of ids is cut out before the rest
+    is decoded, which takes far longer than to find its end."""
     start = body.find(b"[")
     end = body.find(b"]", start)
     if end - start > _MIN_CUT_BYTES:
@@ -86,9 +86,10 @@ def _read(body: bytes) -> tuple[_Body, bytes]:
         if b'"' not in ids and ids.rfind(b"[") == 0:
             found = _decode(body[:start] + _CUT + body[end + 1 :])
             if _prompt_of(found) == _CUT:
-                return found, ids
+                return found, ids, ids.count(b",") + 1
     found = _decode(body)
-    return found, _prompt_of(found)
+    prompt = _prompt_of(found)
+    return found, prompt, _num_tokens(prompt)
 
 
 def _prompt_of(found: _Body) -> bytes:

@@ -15,7 +15,7 @@ import msgspec
 
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
-from headrace.cluster.messages import INSTANCE_HEADER, REPLICA_HEADER, RequestParts, lines_back
+from headrace.cluster.messages import REPLICA_HEADER, RequestParts, instance_of, lines_back
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
@@ -135,10 +135,10 @@ class Proxy:
                 raise LeftRotationError("it has left the rotation")
             connection.send(parts.head_for(replica), parts.body)
             answer = await connection.read_head()
-            if replica.instance and answer.header(INSTANCE_HEADER) not in (b"", replica.instance):
+            if replica.instance and answer.derived(instance_of) not in (b"", replica.instance):
                 raise BrokenAnswerError("another process answers there, whose weights are not known", had_begun=True)
             is_stream = answer.body_size is None or answer.body_size > MAX_HELD_BYTES
-            if resumption is not None and is_carried(answer):
+            if resumption is not None and answer.derived(is_carried):
                 return await self._carry(replica, answer, connection, exchange, resumption, is_last=is_last)
             if exchange.has_begun and answer.status == _OK:
                 raise BrokenAnswerError("it does not go on with what another one began", had_begun=True)

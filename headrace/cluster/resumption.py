@@ -68,7 +68,7 @@ class Resumption:
 
     def request(self) -> tuple[Headers, bytes]:
         """What to ask a replica beside the client's own headers, and the body."""
-        if not self.has_begun:
+        if not self._num_pieces:
             return [(CARRY_HEADER, self._mode)], self._client_body
         before = self._before()
         headers = [(CARRY_HEADER, self._mode), (CONTINUES_HEADER, b"%d" % len(before))]
