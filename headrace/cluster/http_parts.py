@@ -230,36 +230,42 @@ class ChunkReader:
     def read(self, buffer: bytearray) -> list[bytes]:
         """The chunks that are whole; they are taken out of `buffer`. Raises `FramingError`, 413 when they are too
         much."""
+        chunks, num_read = self.scan(buffer)
+        del buffer[:num_read]
+        return chunks
+
+    def scan(self, buffer: bytes | bytearray) -> tuple[list[bytes], int]:
+        """As `read`, of a buffer that is left as it is: the bytes that were read are not to be given again."""
         chunks = []
-        start = 0
+        start, size, num_bytes = 0, self._size, len(buffer)
         while not self.is_complete:
-            if self._size is None:
+            if size is None:
                 end = buffer.find(b"\r\n", start, start + _MAX_SIZE_LINE)
                 if end < 0:
-                    if len(buffer) - start >= _MAX_SIZE_LINE:
+                    if num_bytes - start >= _MAX_SIZE_LINE:
                         raise FramingError("a chunk's size has no end")
                     break
-                self._begin(bytes(buffer[start:end]))
+                size = self._begin(bytes(buffer[start:end]))
                 start = end + 2
                 continue
-            if len(buffer) < start + self._size + 2:
+            end = start + size
+            if num_bytes < end + 2:
                 break
-            end = start + self._size
             if buffer[end : end + 2] != b"\r\n":
                 raise FramingError("a chunk is longer than it says")
             chunks.append(bytes(buffer[start:end]))
-            start, self._size = end + 2, None
-        del buffer[:start]
-        return chunks
+            start, size = end + 2, None
+        self._size = size
+        return chunks, start
 
-    def _begin(self, line: bytes) -> None:
-        """Read the line before a chunk, or one after the last of them."""
+    def _begin(self, line: bytes) -> int | None:
+        """Read the line before a chunk, whose size it gives, or one after the last of them."""
         if self._in_trailer:
             self._num_trailers += 1
             self.is_complete = not line
             if self._num_trailers > MAX_HEADERS:
                 raise FramingError("too many trailers", 431)
-            return
+            return None
         found = _SIZE.fullmatch(line)
         if found is None:
             raise FramingError("this is no size of a chunk")
@@ -270,7 +276,8 @@ class ChunkReader:
             raise FramingError(f"body has {self.num_bytes} bytes or more, over {self._max_bytes}", 413)
         if size > self._max_chunk_bytes:
             raise FramingError(f"a chunk has {size} bytes, over {self._max_chunk_bytes}", 413)
-        self._in_trailer, self._size = size == 0, size or None
+        self._in_trailer = size == 0
+        return size or None
 
 
 def write_head(first: bytes, headers: Iterable[tuple[bytes, bytes]], lines: bytes = b"") -> bytes:

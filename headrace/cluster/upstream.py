@@ -252,8 +252,14 @@ class UpstreamConnection(asyncio.Protocol):
             raise self._error
 
     def _take_at_once(self, data: bytes) -> bool:
-        """Take the whole answer that `data` is, without a copy in the buffer; False if it is no more or less than
-        one."""
+        """Take the whole answer that `data` is, or chunks of one, without a copy in the buffer; False if it is
+        anything else."""
+        if self._chunks is not None and not self._is_complete:
+            chunks, num_read = self._chunks.scan(data)
+            self._buffer += data[num_read:]
+            self._take(*chunks)
+            self._is_complete = self._chunks.is_complete
+            return True
         end = data.find(_END_OF_HEAD)
         if end < 0 or self._head is not None or self._is_complete:
             return False
