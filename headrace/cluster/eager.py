@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from typing import Any
 
 
@@ -44,9 +45,9 @@ class News:
         """As a future's."""
         return self._loop
 
-    def add_done_callback(self, callback: Callable[[Any], object], *, context: object = None) -> None:
+    def add_done_callback(self, callback: Callable[[Any], object], *, context: Context | None = None) -> None:
         """As a future's, for the one who waits."""
-        self._callback = callback
+        self._callback = callback if context is None else lambda news: context.run(callback, news)
 
     def result(self) -> None:
         """As a future's: raises `CancelledError` when the wait was given up."""
@@ -88,6 +89,9 @@ class EagerCall:
             else:
                 awaited = self._coroutine.send(None)
         except (StopIteration, asyncio.CancelledError):
+            return
+        if awaited is None:  # it only gives way
+            self._loop.call_soon(self.go_on)
             return
         self._awaited = awaited
         awaited.add_done_callback(self.go_on)

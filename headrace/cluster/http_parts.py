@@ -19,6 +19,7 @@ MAX_CHUNK_BYTES = 512 << 20
 """A chunk of a replica's answer is passed on whole, and held until then: an event of `/generate` with all experts and
 log-probabilities that may be asked for of a sample."""
 _MAX_SIZE_LINE = 256
+_MAX_KNOWN_SIZES = 64
 _FREE_CHUNKS = 1024
 _BYTES_PER_CHUNK = 16
 """A body of smaller chunks, beyond the first thousand, costs more to read than it is worth."""
@@ -216,6 +217,8 @@ class ChunkReader:
         self._max_bytes = max_bytes
         self._max_chunk_bytes = max_bytes if max_chunk_bytes is None else max_chunk_bytes
         self._size: int | None = None
+        self._sizes: dict[bytes, int] = {}
+        """By the lines that said them: most chunks of a stream have one of few."""
         self._in_trailer = False
         self._num_trailers = 0
         self.num_bytes = 0
@@ -266,10 +269,9 @@ class ChunkReader:
             if self._num_trailers > MAX_HEADERS:
                 raise FramingError("too many trailers", 431)
             return None
-        found = _SIZE.fullmatch(line)
-        if found is None:
-            raise FramingError("this is no size of a chunk")
-        size = int(found[1], 16)
+        size = self._sizes.get(line, -1)
+        if size < 0:
+            size = self._read_size(line)
         self.num_chunks += 1
         self.num_bytes += size
         if self.num_bytes > self._max_bytes:
@@ -278,6 +280,15 @@ class ChunkReader:
             raise FramingError(f"a chunk has {size} bytes, over {self._max_chunk_bytes}", 413)
         self._in_trailer = size == 0
         return size or None
+
+    def _read_size(self, line: bytes) -> int:
+        found = _SIZE.fullmatch(line)
+        if found is None:
+            raise FramingError("this is no size of a chunk")
+        size = int(found[1], 16)
+        if len(self._sizes) < _MAX_KNOWN_SIZES:
+            self._sizes[line] = size
+        return size
 
 
 def write_head(first: bytes, headers: Iterable[tuple[bytes, bytes]], lines: bytes = b"") -> bytes:

@@ -91,7 +91,7 @@ class Resumption:
             buffer = self._rest
         told: list[bytes] = []
         start, num_bytes, is_last, problem = 0, len(buffer), False, ""
-        while not (is_last or problem) and num_bytes - start >= LENGTH_BYTES:
+        while not is_last and num_bytes - start >= LENGTH_BYTES:
             begin = start + LENGTH_BYTES
             end = begin + int.from_bytes(buffer[start:begin], "little")
             if end > num_bytes:
@@ -99,11 +99,17 @@ class Resumption:
                     problem = f"a part of its answer has over {MAX_PART_BYTES} bytes"
                 break
             start = end
-            part, problem = _read_part(buffer[begin:end])
-            if part is not None:
-                told.append(part.told)
-                is_last = part.is_last
-                self._keep(part, is_whole=is_whole)
+            try:
+                part = _decode(buffer[begin:end])
+            except DECODE_ERRORS as error:
+                problem = f"a part of its answer cannot be read: {error}"
+                break
+            if part.is_lost:
+                problem = "its engine died"
+                break
+            told.append(part.told)
+            is_last = part.is_last
+            self._keep(part, is_whole=is_whole)
         if buffer is data:
             self._rest += data[start:]
         else:
@@ -142,15 +148,6 @@ class Resumption:
         """A `CarriedBefore`, of pieces that are packed already."""
         pieces = msgspec.Raw(b"\xdd" + self._num_pieces.to_bytes(4, "big") + self._pieces)
         return _pack(CarriedBefore(pieces, self._begun_at, self._name, self.num_moves, self._num_told))  # type: ignore[arg-type]
-
-
-def _read_part(raw: bytes | bytearray) -> tuple[CarriedPart | None, str]:
-    """A part, or why there is none."""
-    try:
-        part = _decode(raw)
-    except DECODE_ERRORS as error:
-        return None, f"a part of its answer cannot be read: {error}"
-    return (None, "its engine died") if part.is_lost else (part, "")
 
 
 def is_carried(answer: Head) -> bool:
