@@ -349,7 +349,7 @@ class ClientConnection(asyncio.Protocol):
         last = head or Head([], 0, False)
         is_whole = head is not None and head.body_size == 0 and head.keeps_alive and body["code"] != 401
         if not is_whole:
-            last = msgspec.structs.replace(last, keeps_alive=False, is_old=False)
+            last = last.changed(keeps_alive=False, is_old=False)
         exchange = Exchange(self, last)
         exchange.error(body)
         if self.front.logs_answers:

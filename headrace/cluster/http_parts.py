@@ -87,6 +87,10 @@ class Head(msgspec.Struct, frozen=True):
             self._derived,
         )
 
+    def changed(self, **changes: Any) -> Head:
+        """Another head with these fields, of which what is derived of this one does not hold."""
+        return msgspec.structs.replace(self, **changes, _derived={})
+
     def derived(self, derive: Callable[[Head], _Derived]) -> _Derived:
         """What `derive` gives for it, once for all heads that differ in `body_size` alone, of which it must not
         depend."""
@@ -165,7 +169,7 @@ class HeadReader:
         head = self._parse(raw)
         if head.body_size == size > 0:  # some answers have none, whatever they say
             headers = [header for header in head.headers if header[0] != b"content-length"]
-            self._rest, self._head = rest, msgspec.structs.replace(head, headers=headers)
+            self._rest, self._head = rest, head.changed(headers=headers)
             return self._head
         return head
 

@@ -124,6 +124,7 @@ def test_what_is_derived_of_a_head_is_shared_by_those_of_another_size_alone() ->
         assert (head.derived(host), head.body_size, head.headers) == (b"a", size, [(b"host", b"a")])
     assert reader.read(b"POST / HTTP/1.1\r\ncontent-length: 3\r\nhost: b").derived(host) == b"b"
     assert asked == [b"a", b"b"]
+    assert head.changed(headers=[(b"host", b"c")]).derived(host) == b"c" and head.derived(host) == b"a"
 
 
 def test_chunks_are_the_same_however_they_come() -> None:
