@@ -31,6 +31,7 @@ _FRAME_BYTES = 64
 """Of a `CarriedBefore`, beside its pieces and its name."""
 
 _decode = msgspec.msgpack.Decoder(CarriedPart).decode
+_NO_PART = CarriedPart()
 _pack = msgspec.msgpack.Encoder().encode
 
 
@@ -59,7 +60,7 @@ class Resumption:
         self._num_told = 0
         self._begun_at, self._name, self._num_name_bytes = 0.0, "", 0
         self._whole: list[bytes] = []
-        self._whole_head = CarriedPart()
+        self._whole_head = _NO_PART
 
     @property
     def has_begun(self) -> bool:
