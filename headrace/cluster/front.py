@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
+from headrace.cluster.eager import EagerCall
 from headrace.cluster.http_parts import (
     LAST_CHUNK,
     MAX_HEAD_BYTES,
@@ -22,6 +23,7 @@ from headrace.cluster.http_parts import (
     FramingError,
     Head,
     Headers,
+    HeadReader,
     in_chunk,
     parse_request,
     status_line,
@@ -39,6 +41,8 @@ LINGER_SECONDS = 5.0
 """A refused client that still sends is read and forgotten for so long, or a reset would take the answer from it."""
 LOOK_SECONDS = 0.5
 DRAIN_LOOK_SECONDS = 0.02
+CUT_SECONDS = 1.0
+"""What is cut off in the end has so long to give back what it holds."""
 _MAX_BACKLOG_BYTES = 256 << 10
 _BACKLOG = 4096
 _END_OF_HEAD = b"\r\n\r\n"
@@ -63,7 +67,8 @@ class Handler(Protocol):
         ...
 
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
-        """Answer a request. Cancelled when the client goes away; a `HeadraceError` is answered here."""
+        """Answer a request. Cancelled when the client goes away; a `HeadraceError` is answered here. No task of
+        asyncio's, but an `EagerCall`."""
         ...
 
 
@@ -82,13 +87,14 @@ class Exchange:
         self._num_bytes, self._refusal = 0, b""
         self._began = time.perf_counter()
 
-    def reply(self, status: int, headers: Headers, body: bytes) -> None:
-        """A whole answer."""
+    def reply(self, status: int, headers: Headers, body: bytes, lines: bytes = b"") -> None:
+        """A whole answer. `lines`: further headers, each with the end of its line."""
         self.status, self.has_begun, self.is_complete = status, True, True
         headers = [*headers, (b"content-length", b"%d" % len(body)), *self._last_words()]
-        body = b"" if self._head.method == "HEAD" else body
+        if self._head.method == "HEAD":
+            body = b""
         self._num_bytes, self._refusal = len(body), body if status >= 400 else b""
-        self._connection.write(write_head(status_line(status), headers) + body)
+        self._connection.write(write_head(status_line(status), headers, lines) + body)
 
     def error(self, body: dict[str, Any]) -> None:
         """A whole answer that is an error, as a server's."""
@@ -97,15 +103,13 @@ class Exchange:
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
         self.reply(body["code"], headers, msgspec.json.encode(body))
 
-    def begin(self, status: int, headers: Headers) -> None:
-        """The head of an answer whose length is not known."""
-        self.status, self.has_begun = status, True
-        self.media_type = next((value for name, value in headers if name == b"content-type"), b"")
+    def begin(self, status: int, media_type: bytes, lines: bytes) -> None:
+        """The head of an answer whose length is not known. `lines`: its headers, each with the end of its line."""
+        self.status, self.has_begun, self.media_type = status, True, media_type
         self._has_body = self._head.method != "HEAD"
         self._is_chunked = self._has_body and not self._head.is_old
-        if self._is_chunked:
-            headers = [*headers, (b"transfer-encoding", b"chunked")]
-        self._connection.write(write_head(status_line(status), [*headers, *self._last_words()]))
+        headers: Headers = [(b"transfer-encoding", b"chunked")] if self._is_chunked else []
+        self._connection.write(write_head(status_line(status), [*headers, *self._last_words()], lines))
 
     async def send(self, data: bytes) -> None:
         """A part of it; waits while the client does not take what it was sent."""
@@ -123,8 +127,11 @@ class Exchange:
     def log(self, client: str, head: Head | None) -> None:
         """Write its line to the log; `head` is None of what was no request."""
         method, path = (head.method, head.path) if head is not None else ("-", "-")
-        seconds = time.perf_counter() - self._began
-        log_answer(client, method, path, self.status, self._num_bytes, seconds, self._refusal)
+        log_answer(client, method, path, self.status, self._num_bytes, self.seconds(), self._refusal)
+
+    def seconds(self) -> float:
+        """Since the whole request was there."""
+        return time.perf_counter() - self._began
 
     @property
     def keeps_connection(self) -> bool:
@@ -144,10 +151,11 @@ class ClientConnection(asyncio.Protocol):
         self.front = front
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
+        self._heads = HeadReader(parse_request)
         self._head: Head | None = None
         self._chunks: ChunkReader | None = None
         self._chunk_parts: list[bytes] = []
-        self._task: asyncio.Task[None] | None = None
+        self._call: EagerCall | None = None
         self._drained: asyncio.Future[None] | None = None
         self._is_full = self._is_lost = self._is_lingering = False
         self._is_due = False
@@ -159,7 +167,7 @@ class ClientConnection(asyncio.Protocol):
     @property
     def is_busy(self) -> bool:
         """True while a request is answered."""
-        return self._task is not None
+        return self._call is not None
 
     def look(self, now: float) -> None:
         """End a wait for the client that is too long."""
@@ -168,7 +176,7 @@ class ClientConnection(asyncio.Protocol):
             self._num_unsent, self._unsent_since = num_unsent, now
         if num_unsent and now - self._unsent_since > self.front.bounds.write_timeout:
             self._transport.abort()
-        elif self._task is None and now - self._waiting_since > self._limit:
+        elif self._call is None and now - self._waiting_since > self._limit:
             if self._head is None or self._is_lingering:
                 self._transport.abort()
             else:
@@ -183,10 +191,6 @@ class ClientConnection(asyncio.Protocol):
         """Close it; an answer that is whole is sent to its end."""
         (self._transport.abort if self.is_busy else self._transport.close)()
 
-    def write(self, data: bytes) -> None:
-        """Send bytes; never waits."""
-        self._transport.write(data)
-
     async def drain(self) -> None:
         """Wait until the client has taken enough of what it was sent."""
         if self._is_full and not self._is_lost:
@@ -195,6 +199,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self.write = self._transport.write
+        """Sends bytes; never waits."""
         if self.front.logs_answers:
             peer = transport.get_extra_info("peername")
             self._client = f"{peer[0]}:{peer[1]}" if peer else "-"
@@ -204,8 +210,8 @@ class ClientConnection(asyncio.Protocol):
         self._is_lost = True
         self.resume_writing()
         self.front.discard(self)
-        if self._task is not None:
-            self._task.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     def pause_writing(self) -> None:
         self._is_full = True
@@ -219,8 +225,10 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
             return
-        is_waiting = self._task is None and not self._is_due and not self._is_full
+        is_waiting = self._call is None and not self._is_due and not self._is_full
         if not self._buffer and self._head is None and is_waiting:
+            if self._begin_at_once(data):
+                return
             self._wait(HEAD_SECONDS)
         self._buffer += data
         if is_waiting:
@@ -241,13 +249,33 @@ class ClientConnection(asyncio.Protocol):
         except FramingError as error:
             self._refuse(error_body(error.status, str(error), err_type=RequestError.__name__))
 
+    def _begin_at_once(self, data: bytes) -> bool:
+        """Begin the request that `data` is, without a copy in the buffer; False if it is no more or less than one, or
+        there is anything else about it."""
+        end = data.find(_END_OF_HEAD)
+        if not 0 <= end <= MAX_HEAD_BYTES:
+            return False
+        try:
+            head = self._heads.read(data[:end])
+        except FramingError:
+            return False
+        start = end + len(_END_OF_HEAD)
+        size = head.body_size
+        if size is None or len(data) - start != size or size > self.front.bounds.max_body_bytes:
+            return False
+        if head.expects_continue or self.front.handler.refusal(head) is not None:
+            return False
+        self._head = head
+        self._begin(head, data[start:])
+        return True
+
     def _read_head(self) -> None:
         end = self._buffer.find(_END_OF_HEAD)
         if end > MAX_HEAD_BYTES or end < 0 and len(self._buffer) > MAX_HEAD_BYTES:
             raise FramingError(f"headers are over {MAX_HEAD_BYTES} bytes", 431)
         if end < 0:
             return
-        head = parse_request(bytes(self._buffer[:end]))
+        head = self._heads.read(bytes(self._buffer[:end]))
         del self._buffer[: end + len(_END_OF_HEAD)]
         refusal = self.front.handler.refusal(head)
         if refusal is None and (head.body_size or 0) > self.front.bounds.max_body_bytes:
@@ -259,7 +287,7 @@ class ClientConnection(asyncio.Protocol):
         self._chunks = ChunkReader(self.front.bounds.max_body_bytes) if head.body_size is None else None
         if head.body_size is None or len(self._buffer) < head.body_size:
             self._wait(self.front.bounds.body_timeout)
-        if head.header(b"expect").lower() == b"100-continue":
+        if head.expects_continue:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self, head: Head) -> bytes | None:
@@ -280,10 +308,11 @@ class ClientConnection(asyncio.Protocol):
         return body
 
     def _begin(self, head: Head, body: bytes) -> None:
-        self._task = self._loop.create_task(self._answer(head, body, Exchange(self, head)))
+        self._call = EagerCall(self._answer(head, body, Exchange(self, head)), self._loop)
+        self._call.go_on()
 
     async def _answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
-        """Have a request answered; what follows from that is done here, without a further turn of the loop."""
+        """Have a request answered, and do what follows from that."""
         try:
             await self.front.handler.answer(head, body, exchange)
         except Exception as error:
@@ -295,15 +324,17 @@ class ClientConnection(asyncio.Protocol):
         """A request is answered, or not."""
         if self.front.logs_answers:
             exchange.log(self._client, self._head)
-        self._task = self._head = None
+        self._call = self._head = None
         if self._is_lost:
             return
         if not exchange.is_complete:
             self._transport.abort()  # the client must not take what it has for the whole
         elif not exchange.keeps_connection:
             self._transport.close()
+        elif self._buffer:
+            self._go_on_soon()
         else:
-            self._go_on()
+            self._wait(IDLE_SECONDS)
 
     def _tell(self, exchange: Exchange, error: Exception) -> None:
         """Answer with an error, where nothing is said yet."""
@@ -318,32 +349,36 @@ class ClientConnection(asyncio.Protocol):
         last = head or Head([], 0, False)
         is_whole = head is not None and head.body_size == 0 and head.keeps_alive and body["code"] != 401
         if not is_whole:
-            last = msgspec.structs.replace(last, keeps_alive=False, is_old=False)
+            last = last.changed(keeps_alive=False, is_old=False)
         exchange = Exchange(self, last)
         exchange.error(body)
         if self.front.logs_answers:
             exchange.log(self._client, head or self._head)
         self._head = None
         if exchange.keeps_connection:
-            self._is_due = True
-            self._loop.call_soon(self._go_on)
+            self._go_on_soon()
             return
         self._buffer.clear()
         self._wait(LINGER_SECONDS)
         self._is_lingering = True
         self._transport.write_eof()
 
+    def _go_on_soon(self) -> None:
+        """Not at once: many may be answered without a wait, each within the one before."""
+        self._is_due = True
+        self._loop.call_soon(self._go_on)
+
     def _go_on(self) -> None:
         """A request has its answer: the next one, which may be there already. None is begun while the client does not
         take its answers, and in the end nothing more is read."""
         self._is_due = False
-        if self._is_lost or self._is_lingering or self._is_full or self._task is not None:
+        if self._is_lost or self._is_lingering or self._is_full or self._call is not None:
             return
         if self._head is None:
             self._wait(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
         if self._buffer:
             self._advance()
-        if len(self._buffer) <= _MAX_BACKLOG_BYTES or not (self._is_due or self._task is not None):
+        if len(self._buffer) <= _MAX_BACKLOG_BYTES or not (self._is_due or self._call is not None):
             self._transport.resume_reading()
 
 
@@ -375,9 +410,13 @@ class Front:
         self._server.close()
         if num_busy:
             logger.warning("%d requests did not finish in %g s and are cut off", num_busy, seconds)
+        cut = [each for each in self._connections if each.is_busy]
         for connection in list(self._connections):
             connection.close()
         self._looking.cancel()
+        end = loop.time() + CUT_SECONDS
+        while any(each.is_busy for each in cut) and loop.time() < end:
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
         await asyncio.sleep(0)
 
     def add(self, connection: ClientConnection) -> None:

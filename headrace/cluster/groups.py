@@ -111,7 +111,7 @@ class SharedGroups:
 
     async def _sizes(self, head: Head, replicas: Sequence[RemoteReplica]) -> dict[RemoteReplica, int]:
         """How many ranks each has."""
-        asked = msgspec.structs.replace(head, method="GET", target=_WORLD_SIZE.encode())
+        asked = head.changed(method="GET", target=_WORLD_SIZE.encode())
         bodies = dict.fromkeys(replicas, b"")
         answers = await ask_each(asked, bodies, self._options.data_key, self._options.control_timeout)
         sizes: dict[RemoteReplica, int] = {}
@@ -225,7 +225,7 @@ class SharedGroups:
 
     async def _forget(self, head: Head, name: str, replicas: Sequence[RemoteReplica]) -> None:
         """Have these leave a group, where they are in it."""
-        leaving = msgspec.structs.replace(head, target=_DESTROY.encode())
+        leaving = head.changed(target=_DESTROY.encode())
         bodies = dict.fromkeys(replicas, msgspec.json.encode({"group_name": name}))
         for each in await ask_each(leaving, bodies, self._options.admin_key, _FORGET_SECONDS):
             logger.info("group %r is over at %s: %s", name, each.replica.id, each.value)

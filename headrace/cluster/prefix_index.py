@@ -17,11 +17,8 @@ MAX_BLOCKS = 4096
 def blocks_of(prompt: bytes) -> tuple[int, ...]:
     """A name for each beginning of `prompt`: its first block, its first two, and so on; the last one may be cut short.
     Prompts have a name in common exactly if they begin with the same blocks, up to collisions of 64 bits."""
-    names, name = [], 0
-    for start in range(0, min(len(prompt), MAX_BLOCKS * BLOCK_BYTES), BLOCK_BYTES):
-        name = hash((name, prompt[start : start + BLOCK_BYTES]))
-        names.append(name)
-    return tuple(names)
+    name, starts = 0, range(0, min(len(prompt), MAX_BLOCKS * BLOCK_BYTES), BLOCK_BYTES)
+    return tuple([name := hash((name, prompt[start : start + BLOCK_BYTES])) for start in starts])
 
 
 class PrefixIndex:
@@ -49,9 +46,12 @@ class PrefixIndex:
     def insert(self, number: int, blocks: Sequence[int]) -> None:
         """A replica is sent a prompt. The oldest blocks give way, of one prompt the last ones before the first."""
         held = self._held.setdefault(number, OrderedDict())
+        move_to_end = held.move_to_end
         for block in reversed(blocks):
-            held[block] = None
-            held.move_to_end(block)
+            if block in held:
+                move_to_end(block)
+            else:
+                held[block] = None
         while len(held) > self._max_blocks:
             held.popitem(last=False)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.cluster.http_parts import Headers
+from headrace.cluster.http_parts import Head
 from headrace.cluster.policies import Ask
 from headrace.cluster.prefix_index import blocks_of
 from headrace.ipc.codec import DECODE_ERRORS
@@ -48,30 +48,53 @@ class _Body(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Body).decode
+_MIN_CUT_BYTES = 256
+_CUT = b"[]"
 _NO_SAMPLING = _Sampling()
 
 
-def read_ask(headers: Headers, body: bytes) -> Ask:
-    """What there is to say of a request."""
-    key = ""
-    for name, value in headers:
-        if name in ROUTING_KEY_HEADERS:
-            key = value.decode("latin-1")
-            break
+def read_ask(body: bytes, key: str = "") -> Ask:
+    """What there is to say of a request with this body and `routing_key`."""
     if len(body) > MAX_READ_BYTES:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     try:
-        found = _decode(body)
+        found, prompt, num_tokens = _read(body)
     except DECODE_ERRORS:
         return Ask(len(body) // _BYTES_PER_TOKEN, EXPECTED_NEW_TOKENS, key=key)
     sampling = found.sampling_params or _NO_SAMPLING
-    prompt = bytes(found.tools) + bytes(
-        found.input_ids or found.text or found.prompt or found.messages or found.token_ids or found.prompts
-    )
     limit = _first_count(sampling.max_new_tokens, sampling.max_tokens, found.max_tokens, found.max_completion_tokens)
     num_new = EXPECTED_NEW_TOKENS if limit is None else min(limit, EXPECTED_NEW_TOKENS)
     num_samples = _first_count(sampling.n, found.n) or 1
-    return Ask(_num_tokens(prompt), num_new, min(num_samples, 1 << 16), blocks_of(prompt), key)
+    return Ask(num_tokens, num_new, min(num_samples, 1 << 16), blocks_of(prompt), key)
+
+
+def routing_key(head: Head) -> str:
+    """The caller's word for what belongs together; "" if there is none."""
+    for name, value in head.headers:
+        if name in ROUTING_KEY_HEADERS:
+            return value.decode("latin-1")
+    return ""
+
+
+def _read(body: bytes) -> tuple[_Body, bytes, int]:
+    """A body, the bytes of its prompt, and its tokens. A prompt that is a long list of ids is cut out before the rest
+    is decoded, which takes far longer than to find its end."""
+    start = body.find(b"[")
+    end = body.find(b"]", start)
+    if end - start > _MIN_CUT_BYTES:
+        ids = body[start : end + 1]
+        if b'"' not in ids and ids.rfind(b"[") == 0:
+            found = _decode(body[:start] + _CUT + body[end + 1 :])
+            if _prompt_of(found) == _CUT:
+                return found, ids, ids.count(b",") + 1
+    found = _decode(body)
+    prompt = _prompt_of(found)
+    return found, prompt, _num_tokens(prompt)
+
+
+def _prompt_of(found: _Body) -> bytes:
+    prompt = found.input_ids or found.text or found.prompt or found.messages or found.token_ids or found.prompts
+    return bytes(found.tools) + bytes(prompt)
 
 
 def _num_tokens(prompt: bytes) -> int:

@@ -15,11 +15,11 @@ import msgspec
 
 from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
-from headrace.cluster.messages import INSTANCE_HEADER, REPLICA_HEADER, RequestParts, headers_back
+from headrace.cluster.messages import REPLICA_HEADER, RequestParts, instance_of, lines_back
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.policies import Ask
-from headrace.cluster.prompts import read_ask
+from headrace.cluster.prompts import read_ask, routing_key
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.cluster.resumption import (
     Resumption,
@@ -36,6 +36,7 @@ MAX_HELD_BYTES = 256 << 20
 """A larger answer is passed on as it comes."""
 _OK, _UNAVAILABLE = 200, 503
 _ANY = Ask()
+_TYPE = b"content-type"
 _SSE_TYPE = b"text/event-stream"
 _SSE_GAP = b"\n\n"
 
@@ -46,12 +47,13 @@ class Proxy:
     def __init__(self, replicas: Replicas, options: RouterOptions, metrics: RouterMetrics) -> None:
         self._replicas = replicas
         self._options = options
+        self._data_key = options.data_key
         self._metrics = metrics
 
     async def pass_on(self, head: Head, body: bytes, exchange: Exchange, *, generates: bool) -> None:
         """Have a call answered. Raises `UnreachableError` when no replica did, `NeedsWeightsError` when none could with
         current weights, `DeadlineError` when one was silent."""
-        ask = read_ask(head.headers, body) if generates else _ANY
+        ask = read_ask(body, head.derived(routing_key)) if generates else _ANY
         mode = self._options.resume
         resumption = Resumption(body, mode, self._options.max_body_bytes) if generates and mode != "off" else None
         try:
@@ -79,15 +81,17 @@ class Proxy:
             if generates:
                 self._metrics.count_choice(choice, ask)
             added, sent = ([], body) if resumption is None else resumption.request()
-            parts = RequestParts(head, sent, self._options.data_key, added)
-            with self._replicas.sending(replica, choice):
-                try:
-                    if await self._ask(replica, parts, exchange, resumption, is_last=not left):
-                        return
-                    reason = f"{replica.id} refused it"
-                except BrokenAnswerError as error:
-                    reason = f"{replica.id}: {error.message}"
-                    self._note_broken(replica, error)
+            parts = RequestParts(head, sent, self._data_key, added)
+            self._replicas.note_sent(replica, choice)
+            try:
+                if await self._ask(replica, parts, exchange, resumption, is_last=not left):
+                    return
+                reason = f"{replica.id} refused it"
+            except BrokenAnswerError as error:
+                reason = f"{replica.id}: {error.message}"
+                self._note_broken(replica, error)
+            finally:
+                self._replicas.note_answered(replica, choice)
             avoided.add(replica.number)
             self._metrics.retries.inc(min(left, 1))
             if resumption is not None:
@@ -125,28 +129,31 @@ class Proxy:
         fresh: bool,
         is_last: bool,
     ) -> bool:
-        async with replica.upstream.connection(fresh=fresh) as connection:
+        connection = await replica.upstream.lend(fresh=fresh)
+        try:
             if not replica.is_current:  # while it connected
                 raise LeftRotationError("it has left the rotation")
             connection.send(parts.head_for(replica), parts.body)
             answer = await connection.read_head()
-            if replica.instance and answer.header(INSTANCE_HEADER) not in (b"", replica.instance):
+            if replica.instance and answer.derived(instance_of) not in (b"", replica.instance):
                 raise BrokenAnswerError("another process answers there, whose weights are not known", had_begun=True)
             is_stream = answer.body_size is None or answer.body_size > MAX_HELD_BYTES
-            if resumption is not None and is_carried(answer):
+            if resumption is not None and answer.derived(is_carried):
                 return await self._carry(replica, answer, connection, exchange, resumption, is_last=is_last)
             if exchange.has_begun and answer.status == _OK:
                 raise BrokenAnswerError("it does not go on with what another one began", had_begun=True)
             if is_stream and not exchange.has_begun:
                 await self._stream(replica, answer, connection, exchange)
                 return True
-            whole = await _read_whole(connection, answer.body_size or 0)
+            whole = await connection.read_whole()
             if answer.status == _UNAVAILABLE and not is_last and _may_go_elsewhere(whole):
                 return False
             if exchange.has_begun:
                 raise UnreachableError(f"{replica.id} does not go on with it: it answers {answer.status}")
-            exchange.reply(answer.status, headers_back(answer, replica), whole)
+            exchange.reply(answer.status, [], whole, lines_back(answer, replica))
             return True
+        finally:
+            replica.upstream.give_back(connection)
 
     async def _carry(
         self,
@@ -160,13 +167,13 @@ class Proxy:
     ) -> bool:
         """Pass on what is told. `BrokenAnswerError` if the replica, or the engine in it, dies: it can go on elsewhere.
         False as of `_ask`."""
-        headers, holds = headers_back(answer, replica), is_whole(answer)
+        lines, holds = lines_back(answer, replica), is_whole(answer)
         is_complete = False
         with contextlib.ExitStack() as suppressing:
             while part := await connection.read_part():
                 told, is_complete, problem = resumption.take(part, is_whole=holds)
                 if not holds and not exchange.has_begun and (told or is_complete):
-                    exchange.begin(answer.status, headers)
+                    exchange.begin(answer.status, answer.header(_TYPE), lines)
                 if told:
                     await exchange.send(told)
                 if problem:
@@ -188,7 +195,7 @@ class Proxy:
         self, replica: RemoteReplica, answer: Head, connection: UpstreamConnection, exchange: Exchange
     ) -> None:
         part = await connection.read_part()
-        exchange.begin(answer.status, headers_back(answer, replica))
+        exchange.begin(answer.status, answer.header(_TYPE), lines_back(answer, replica))
         last = part
         try:
             while part:
@@ -230,16 +237,6 @@ async def _end_broken(exchange: Exchange, last: bytes, error: HeadraceError) -> 
     if end is not None:
         await exchange.send(end)
         exchange.end()
-
-
-async def _read_whole(connection: UpstreamConnection, size: int) -> bytes:
-    whole = await connection.read_part()
-    if len(whole) < size:
-        held = [whole]
-        while part := await connection.read_part():
-            held.append(part)
-        whole = b"".join(held)
-    return whole
 
 
 def _end_of_sse(error: HeadraceError) -> bytes:

@@ -64,28 +64,6 @@ class RemoteReplica:
             return self.trouble
         return f"its weights are {self.weight_version!r}, not those of the last update, {self.wanted_version!r}"
 
-    @property
-    def candidate(self) -> Candidate:
-        """It as a policy sees it."""
-        return Candidate(self.number, self.num_requests, self.num_tokens)
-
-
-class _Sending:
-    """Counts a request, and the tokens expected of it, while it is at a replica."""
-
-    def __init__(self, replica: RemoteReplica, num_tokens: int) -> None:
-        self._replica = replica
-        self._num_tokens = num_tokens
-
-    def __enter__(self) -> None:
-        self._replica.num_requests += 1
-        self._replica.num_tokens += self._num_tokens
-        self._replica.num_sent += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._replica.num_requests -= 1
-        self._replica.num_tokens -= self._num_tokens
-
 
 class Replicas:
     """All of them, in the order in which they came. Lives on the router's loop."""
@@ -222,13 +200,7 @@ class Replicas:
         then nothing helps but another update."""
         candidates = self._offered(avoided)
         if not candidates:
-            try:
-                async with asyncio.timeout(self._wait_timeout):
-                    while not (candidates := self._offered(avoided)):
-                        self._check_weights()
-                        await self._changed()
-            except TimeoutError:
-                raise UnreachableError(self._why_none()) from None
+            candidates = await asyncio.get_running_loop().create_task(self._offered_later(avoided))
         choice = self._policy.choose(ask, candidates)
         return self._by_number[choice.number], choice
 
@@ -237,22 +209,39 @@ class Replicas:
         for each in self:
             self._policy.forget(each.number)
 
-    def sending(self, replica: RemoteReplica, choice: ReplicaChoice) -> _Sending:
-        """For `with`: a request is at the replica inside the block."""
-        return _Sending(replica, choice.num_tokens)
+    def note_sent(self, replica: RemoteReplica, choice: ReplicaChoice) -> None:
+        """A request is at the replica from now on, until `note_answered`."""
+        replica.num_requests += 1
+        replica.num_tokens += choice.num_tokens
+        replica.num_sent += 1
+
+    def note_answered(self, replica: RemoteReplica, choice: ReplicaChoice) -> None:
+        """It is there no more, whatever has become of it."""
+        replica.num_requests -= 1
+        replica.num_tokens -= choice.num_tokens
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
         ready = [
-            each.candidate
+            Candidate(each.number, each.num_requests, each.num_tokens)
             for each in self._by_number.values()
             if each.is_healthy and each.is_current and not each.trouble and each.number not in avoided
         ]
         return ready or self._offered_where_none_is_ready(avoided)
 
+    async def _offered_later(self, avoided: Collection[int]) -> list[Candidate]:
+        try:
+            async with asyncio.timeout(self._wait_timeout):
+                while not (candidates := self._offered(avoided)):
+                    self._check_weights()
+                    await self._changed()
+                return candidates
+        except TimeoutError:
+            raise UnreachableError(self._why_none()) from None
+
     def _offered_where_none_is_ready(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
         others = [each for each in healthy if each.number not in avoided]
-        return [each.candidate for each in others or healthy]
+        return [Candidate(each.number, each.num_requests, each.num_tokens) for each in others or healthy]
 
     def _check_weights(self) -> None:
         if self._by_number and not any(each.is_current for each in self):

@@ -31,6 +31,7 @@ _FRAME_BYTES = 64
 """Of a `CarriedBefore`, beside its pieces and its name."""
 
 _decode = msgspec.msgpack.Decoder(CarriedPart).decode
+_NO_PART = CarriedPart()
 _pack = msgspec.msgpack.Encoder().encode
 
 
@@ -57,9 +58,9 @@ class Resumption:
         """The beginning of a part of which the end has not come."""
         self._num_pieces, self._pieces = 0, bytearray()
         self._num_told = 0
-        self._begun_at, self._name = 0.0, ""
+        self._begun_at, self._name, self._num_name_bytes = 0.0, "", 0
         self._whole: list[bytes] = []
-        self._whole_head = CarriedPart()
+        self._whole_head = _NO_PART
 
     @property
     def has_begun(self) -> bool:
@@ -68,7 +69,7 @@ class Resumption:
 
     def request(self) -> tuple[Headers, bytes]:
         """What to ask a replica beside the client's own headers, and the body."""
-        if not self.has_begun:
+        if not self._num_pieces:
             return [(CARRY_HEADER, self._mode)], self._client_body
         before = self._before()
         headers = [(CARRY_HEADER, self._mode), (CONTINUES_HEADER, b"%d" % len(before))]
@@ -79,18 +80,28 @@ class Resumption:
         self._rest.clear()
         self._whole.clear()
         if self.is_over:
-            self.is_over, self._num_told, self._name = False, 0, ""
+            self.is_over, self._num_told, self._name, self._num_name_bytes = False, 0, "", 0
         if self.has_begun:
             self.num_moves += 1
 
     def take(self, data: bytes, *, is_whole: bool) -> Taken:
         """Bytes of the answer, cut anywhere."""
-        self._rest += data
+        buffer: bytes | bytearray = data
+        if self._rest:
+            self._rest += data
+            buffer = self._rest
         told: list[bytes] = []
-        is_last, problem = False, ""
-        while not (is_last or problem) and (raw := self._next_raw()) is not None:
+        start, num_bytes, is_last, problem = 0, len(buffer), False, ""
+        while not is_last and num_bytes - start >= LENGTH_BYTES:
+            begin = start + LENGTH_BYTES
+            end = begin + int.from_bytes(buffer[start:begin], "little")
+            if end > num_bytes:
+                if end - begin > MAX_PART_BYTES:
+                    problem = f"a part of its answer has over {MAX_PART_BYTES} bytes"
+                break
+            start = end
             try:
-                part = _decode(raw)
+                part = _decode(buffer[begin:end])
             except DECODE_ERRORS as error:
                 problem = f"a part of its answer cannot be read: {error}"
                 break
@@ -100,25 +111,14 @@ class Resumption:
             told.append(part.told)
             is_last = part.is_last
             self._keep(part, is_whole=is_whole)
-        if self._size_of_next > MAX_PART_BYTES:
-            problem = f"a part of its answer has over {MAX_PART_BYTES} bytes"
+        if buffer is data:
+            self._rest += data[start:]
+        else:
+            del self._rest[:start]
         if is_whole:
             self._whole += told
             told = []
         return Taken(b"".join(told), is_last, problem)
-
-    @property
-    def _size_of_next(self) -> int:
-        return int.from_bytes(self._rest[:LENGTH_BYTES], "little") if len(self._rest) >= LENGTH_BYTES else 0
-
-    def _next_raw(self) -> bytes | None:
-        """The next part, packed, once it is there."""
-        end = LENGTH_BYTES + self._size_of_next
-        if len(self._rest) < end:
-            return None
-        raw = bytes(memoryview(self._rest)[LENGTH_BYTES:end])
-        del self._rest[:end]
-        return raw
 
     def whole(self) -> tuple[int, Headers, bytes]:
         """Status, headers and body of a whole answer of which all came."""
@@ -127,8 +127,10 @@ class Resumption:
         return head.status, [header for header in headers if header[0] != b"content-length"], b"".join(self._whole)
 
     def _keep(self, part: CarriedPart, *, is_whole: bool) -> None:
-        self._begun_at, self._name = part.begun_at, part.name
-        num_bytes = len(self._pieces) + len(part.pieces) + len(part.name.encode())
+        self._begun_at = part.begun_at
+        if part.name != self._name:
+            self._name, self._num_name_bytes = part.name, len(part.name.encode())
+        num_bytes = len(self._pieces) + len(part.pieces) + self._num_name_bytes
         if self._num_pieces + part.num_pieces > MAX_PIECES or num_bytes > self._max_bytes:
             self.is_over = True
         if self.is_over:

@@ -102,35 +102,31 @@ class ReplicaRouter:
 
     def refusal(self, head: Head) -> dict[str, Any] | None:
         """See `Handler`."""
-        route = route_of(head.path)
-        needed = "data" if route is None else route.access
-        body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
-        body = body or _misdirected(head, route)
+        route, body = head.derived(self._judged)
         if body is None and self._own.is_draining and route is not None and route.treatment != "own":
             return body_of(ShutdownError("the router is shutting down"))
         return body
 
+    def _judged(self, head: Head) -> tuple[RouterRoute | None, dict[str, Any] | None]:
+        """The route of a request, and the error body for one that is refused. Neither the keys nor anything else that
+        decides it ever changes."""
+        route = route_of(head.path)
+        needed = "data" if route is None else route.access
+        body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
+        return route, body or _misdirected(head, route)
+
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """See `Handler`."""
-        clock, path = asyncio.get_running_loop().time, head.path
-        began = clock()
-        route = route_of(path)
+        path = head.path
+        route, _ = head.derived(self._judged)
         assert route is not None  # or it had been refused
         try:
             if route.treatment in ("generate", "route"):
                 await self._proxy.pass_on(head, body, exchange, generates=route.treatment == "generate")
-            elif route.treatment == "fan_out":
-                await self._fan_out.command(head, body, exchange)
-            elif route.treatment == "agree":
-                await self._fan_out.question(head, body, exchange)
-            elif route.treatment == "update":
-                await self._updates.command(head, body, exchange)
-            elif route.treatment == "group":
-                await self._groups.command(head, body, exchange)
-            elif route.treatment == "session":
-                await self._sessions.command(head, body, exchange)
+            elif route.treatment != "own":
+                await asyncio.create_task(self._command(route, head, body, exchange))
             elif path in PAGE_PATHS or worker_of_metrics(path):
-                await self._pages.answer(head, exchange)
+                await asyncio.create_task(self._pages.answer(head, exchange))
             else:
                 self._own.answer(head, body, exchange)
         except asyncio.CancelledError:
@@ -138,7 +134,20 @@ class ReplicaRouter:
             raise
         finally:
             if route.treatment == "generate":
-                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, clock() - began)
+                self._metrics.observe(path, exchange.status if exchange.is_complete else 0, exchange.seconds())
+
+    async def _command(self, route: RouterRoute, head: Head, body: bytes, exchange: Exchange) -> None:
+        """A call that all replicas answer."""
+        if route.treatment == "fan_out":
+            await self._fan_out.command(head, body, exchange)
+        elif route.treatment == "agree":
+            await self._fan_out.question(head, body, exchange)
+        elif route.treatment == "update":
+            await self._updates.command(head, body, exchange)
+        elif route.treatment == "group":
+            await self._groups.command(head, body, exchange)
+        else:
+            await self._sessions.command(head, body, exchange)
 
 
 def _misdirected(head: Head, route: RouterRoute | None) -> dict[str, Any] | None:

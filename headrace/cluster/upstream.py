@@ -9,7 +9,16 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from headrace.cluster.http_parts import MAX_CHUNK_BYTES, MAX_HEAD_BYTES, ChunkReader, FramingError, Head, parse_answer
+from headrace.cluster.eager import News
+from headrace.cluster.http_parts import (
+    MAX_CHUNK_BYTES,
+    MAX_HEAD_BYTES,
+    ChunkReader,
+    FramingError,
+    Head,
+    HeadReader,
+    parse_answer,
+)
 from headrace.types.errors import DeadlineError, HeadraceError, UnreachableError
 
 MAX_ANSWER_BYTES = 4 << 30
@@ -17,6 +26,8 @@ MAX_UNREAD_BYTES = 1 << 20
 IDLE_SECONDS = 20.0
 """Well below what servers keep an idle connection for, so that few are closed under a request."""
 _END_OF_HEAD = b"\r\n\r\n"
+_FIRST_FINAL = 200
+"""The least status that is no interim one."""
 
 
 class BrokenAnswerError(UnreachableError):
@@ -45,36 +56,41 @@ class Upstream:
         self._busy: set[UpstreamConnection] = set()
         self._is_closed = False
 
-    def connection(self, *, fresh: bool = False, is_data: bool = True) -> _Use:
-        """For `async with`: a connection for one request and its answer, idle ones first unless a `fresh` one is
-        wanted; `is_data` if `cut_data` is to end it. It is closed when the block is left before the answer is complete.
-        Raises `BrokenAnswerError` when none can be had."""
-        return _Use(self, fresh, is_data)
-
-    def take_idle(self) -> UpstreamConnection | None:
-        """A connection that waited for its next request, if there is one; it is busy until it is given back."""
-        while self._idle:
+    async def lend(self, *, fresh: bool = False, is_data: bool = True) -> UpstreamConnection:
+        """A connection for one request and its answer, to be given back; idle ones first unless a `fresh` one is
+        wanted; `is_data` if `cut_data` is to end it. Raises `BrokenAnswerError` when none can be had."""
+        while self._idle and not fresh:
             connection = self._idle.pop()
             if connection.may_be_used_again:
-                self._busy.add(connection)
-                return connection
-        return None
+                break
+        else:
+            connection = await self._connect()
+        self._busy.add(connection)
+        connection.is_data = is_data
+        return connection
 
-    async def connect(self) -> UpstreamConnection:
-        """A new connection, busy until it is given back. Raises `BrokenAnswerError`."""
-        loop = asyncio.get_running_loop()
+    async def _connect(self) -> UpstreamConnection:
+        """A new connection. It is made in a task of its own, since who asks may be none."""
+        connecting = asyncio.get_running_loop().create_task(self._new_connection())
+        try:
+            return await connecting
+        except asyncio.CancelledError:
+            connecting.add_done_callback(_drop)
+            raise
+
+    async def _new_connection(self) -> UpstreamConnection:
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(UpstreamConnection, *self._address)
+                _, connection = await asyncio.get_running_loop().create_connection(UpstreamConnection, *self._address)
         except TimeoutError:
             raise BrokenAnswerError(f"no connection within {self._connect_timeout:g} s") from None
         except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
             raise BrokenAnswerError(f"no connection: {getattr(error, 'strerror', None) or error}") from None
-        self._busy.add(connection)
         return connection
 
     def give_back(self, connection: UpstreamConnection) -> None:
-        """It is used no more, and stays if it may be used again."""
+        """It is used no more, and stays if it may be used again; else, as before its answer is complete, it is
+        closed."""
         self._busy.discard(connection)
         if connection.may_be_used_again and not self._is_closed:
             connection.is_reused = True
@@ -111,22 +127,10 @@ class Upstream:
             self._idle.pop().abort()
 
 
-class _Use:
-    """One use of a connection. A class, since a generator would cost a request more than all else of it."""
-
-    def __init__(self, upstream: Upstream, fresh: bool, is_data: bool) -> None:
-        self._upstream = upstream
-        self._fresh = fresh
-        self._is_data = is_data
-
-    async def __aenter__(self) -> UpstreamConnection:
-        connection = None if self._fresh else self._upstream.take_idle()
-        self._connection = connection or await self._upstream.connect()
-        self._connection.is_data = self._is_data
-        return self._connection
-
-    async def __aexit__(self, *_: object) -> None:
-        self._upstream.give_back(self._connection)
+def _drop(connecting: asyncio.Task[UpstreamConnection]) -> None:
+    """Nobody wants that connection any more."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().abort()
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -137,12 +141,13 @@ class UpstreamConnection(asyncio.Protocol):
         self._buffer = bytearray()
         self._parts: list[bytes] = []
         self._num_unread = 0
+        self._heads = HeadReader(parse_answer)
         self._head: Head | None = None
         self._chunks: ChunkReader | None = None
         self._num_left = 0
         self._is_complete = True
         self._error: HeadraceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._news = News(self._loop)
         self._is_paused = False
         self.is_reused = False
         self.used_at = self._loop.time()
@@ -190,12 +195,22 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.resume_reading()
         return part
 
+    async def read_whole(self) -> bytes:
+        """All of the body that has not been read. Raises as `read_head`."""
+        whole = await self.read_part()
+        if not self._is_complete or self._parts:
+            held = [whole]
+            while part := await self.read_part():
+                held.append(part)
+            whole = b"".join(held)
+        return whole
+
     def fail(self, error: HeadraceError) -> None:
         """Have whoever waits for the answer see `error`."""
         if self._error is None:
             self._error = error
-        self._wake()
         self._transport.abort()
+        self._news.come_soon()
 
     def abort(self) -> None:
         """Close it now; the replica sees that its client has gone."""
@@ -207,15 +222,17 @@ class UpstreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.used_at = self._loop.time()
         self.has_begun = True
-        self._buffer += data
         try:
-            self._parse()
+            if self._buffer or not self._take_at_once(data):
+                self._buffer += data
+                self._parse()
         except FramingError as error:
             self.fail(BrokenAnswerError(f"the replica's answer is no HTTP: {error}", had_begun=True))
+            return
         if self._num_unread > MAX_UNREAD_BYTES and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
-        self._wake()
+        self._news.come()
 
     def connection_lost(self, exc: Exception | None) -> None:
         is_cut = exc is not None or self._error is not None  # by us, if there is an error already
@@ -224,23 +241,37 @@ class UpstreamConnection(asyncio.Protocol):
         if self._error is None:
             message = "the connection to the replica broke" if self.has_begun else "the replica closed the connection"
             self._error = BrokenAnswerError(message, had_begun=self.has_begun, was_idle=self.is_reused)
-        self._wake()
+        self._news.come()
 
     async def _next(self) -> None:
         """Wait until something comes."""
         if self._error is not None and not self._is_complete:
             raise self._error
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        await self._news
         if self._error is not None and not self._is_complete and not self._parts:
             raise self._error
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _take_at_once(self, data: bytes) -> bool:
+        """Take the whole answer that `data` is, or chunks of one, without a copy in the buffer; False if it is
+        anything else."""
+        if self._chunks is not None and not self._is_complete:
+            chunks, num_read = self._chunks.scan(data)
+            self._buffer += data[num_read:]
+            self._take(*chunks)
+            self._is_complete = self._chunks.is_complete
+            return True
+        end = data.find(_END_OF_HEAD)
+        if end < 0 or self._head is not None or self._is_complete:
+            return False
+        head = self._heads.read(data[:end])
+        start = end + len(_END_OF_HEAD)
+        size = len(data) - start
+        if head.status < _FIRST_FINAL or head.body_size != size:
+            return False
+        self._head, self._is_complete = head, True
+        if size:
+            self._parts, self._num_unread = [data[start:]], size
+        return True
 
     def _parse(self) -> None:
         if self._head is None and not self._parse_head():
@@ -264,9 +295,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._is_complete:
             raise FramingError("it sends without being asked")
         while (end := self._buffer.find(_END_OF_HEAD)) >= 0:
-            head = parse_answer(bytes(self._buffer[:end]))
+            head = self._heads.read(bytes(self._buffer[:end]))
             del self._buffer[: end + len(_END_OF_HEAD)]
-            if head.status >= 200:
+            if head.status >= _FIRST_FINAL:
                 self._head = head
                 is_open = head.body_size is None
                 self._num_left = -1 if is_open else head.body_size or 0

@@ -66,7 +66,7 @@ class RolloutSource:
         ids = np.concatenate([self._shared, self._draw(options.prompt_tokens - options.shared_tokens)])
         sampling = {"max_new_tokens": options.max_output_tokens}
         body = msgspec.json.encode({"input_ids": ids.tolist(), "sampling_params": sampling})
-        group, ask = SimulatedGroup(self._num_groups, pack_ids(ids[:: options.grain])), read_ask([], body)
+        group, ask = SimulatedGroup(self._num_groups, pack_ids(ids[:: options.grain])), read_ask(body)
         self._num_groups += 1
         for _ in range(options.group_size):
             num_output = self._length()

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 
 import pytest
 
-from headrace.cluster.http_parts import ChunkReader, FramingError, in_chunk, parse_answer, parse_request
+from headrace.cluster.http_parts import (
+    ChunkReader,
+    FramingError,
+    Head,
+    HeadReader,
+    in_chunk,
+    parse_answer,
+    parse_request,
+)
 
 
 def test_a_request_is_read() -> None:
@@ -53,6 +62,69 @@ def test_an_answer_is_read() -> None:
     chunked = parse_answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked")
     assert chunked.body_size is None and not chunked.ends_with_connection
     assert parse_answer(b"HTTP/1.1 200 OK").ends_with_connection
+
+
+def shown(read: Callable[[bytes], Head], raw: bytes) -> object:
+    """What is read: the fields but for a content-length among the headers, or the error."""
+    try:
+        head = read(raw)
+    except FramingError as error:
+        return str(error), error.status
+    headers = [header for header in head.headers if header[0] != b"content-length"]
+    return headers, [getattr(head, field) for field in Head.__struct_fields__ if field not in ("headers", "_derived")]
+
+
+LINES = [
+    *(b"content-length: 5", b"Content-Length: 12", b"content-length:7", b"CONTENT-LENGTH: 0", b"content-length:  9 "),
+    *(b"content-length: +1", b"content-length: 1234567890123456", b"x: content-length: 4", b"content-length: "),
+    *(b"host: a", b"connection: close", b"transfer-encoding: chunked", b"expect: 100-continue", b"x-content-length: 3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("parse", "firsts"),
+    [
+        (parse_request, [b"POST /generate HTTP/1.1", b"GET / HTTP/1.0"]),
+        (parse_answer, [b"HTTP/1.1 200 OK", b"HTTP/1.1 204 No Content", b"HTTP/1.0 200 OK"]),
+    ],
+)
+def test_a_head_that_comes_again_is_read_as_the_first_time(parse: Callable[[bytes], Head], firsts: list[bytes]) -> None:
+    """Heads that often differ in nothing but their content-length, where it stands, or whether it may be believed."""
+    words, num_again = random.Random(1), 0
+    for _ in range(300):
+        reader, before = HeadReader(parse), None
+        common = words.sample(LINES[9:], words.randrange(3))
+        for _ in range(12):
+            lines = [*common, *words.choices(LINES[:9], k=words.choice([0, 1, 1, 1, 1, 2]))]
+            raw = b"\r\n".join([words.choice(firsts[:1] * 5 + firsts), *lines])
+            assert shown(reader.read, raw) == shown(parse, raw), raw
+            with contextlib.suppress(FramingError):
+                head = reader.read(raw)
+                num_again += head.headers is before
+                before = head.headers
+    assert num_again > 100
+
+
+def test_a_size_that_is_no_number_is_no_part_of_the_line_before() -> None:
+    reader = HeadReader(parse_request)
+    assert reader.read(b"POST / HTTP/1.1\r\nhost: ax\r\ncontent-length: 5").body_size == 5
+    with pytest.raises(FramingError):
+        reader.read(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 5x")
+
+
+def test_what_is_derived_of_a_head_is_shared_by_those_of_another_size_alone() -> None:
+    reader, asked = HeadReader(parse_request), list[bytes]()
+
+    def host(head: Head) -> bytes:
+        asked.append(head.header(b"host"))
+        return asked[-1]
+
+    for size in (3, 5, 3):
+        head = reader.read(b"POST / HTTP/1.1\r\ncontent-length: %d\r\nhost: a" % size)
+        assert (head.derived(host), head.body_size, head.headers) == (b"a", size, [(b"host", b"a")])
+    assert reader.read(b"POST / HTTP/1.1\r\ncontent-length: 3\r\nhost: b").derived(host) == b"b"
+    assert asked == [b"a", b"b"]
+    assert head.changed(headers=[(b"host", b"c")]).derived(host) == b"c" and head.derived(host) == b"a"
 
 
 def test_chunks_are_the_same_however_they_come() -> None:

@@ -52,8 +52,7 @@ def test_a_name_that_nobody_can_look_up_is_no_address(url: str) -> None:
         reply = await found.http.post("/workers", json={"url": url})
         assert (reply.status_code, reply.json()["param"]) == (400, "url")
         with pytest.raises(BrokenAnswerError, match="no connection"):
-            async with Upstream("a..b", 80, 1.0, 1.0).connection():
-                pass
+            await Upstream("a..b", 80, 1.0, 1.0).lend()
 
     tell(story, num_replicas=0)
 
@@ -150,16 +149,18 @@ def test_an_answer_that_nobody_read_is_not_part_of_the_next_one(size: int) -> No
         replica.raw["/first"], replica.raw["/second"] = answer(b"x" * size), answer(b"own")
         upstream = Upstream("127.0.0.1", replica.port, 1.0, 1.0)
         for _ in range(2):
-            async with upstream.connection() as connection:
-                connection.send(b"GET /first HTTP/1.1\r\nhost: x\r\n\r\n", b"")
-                await connection.read_head()
-                async with asyncio.timeout(10):
-                    while not connection._parts or (size < 9 and not connection._is_complete):
-                        await asyncio.sleep(0.01)
-            async with upstream.connection() as connection:
-                connection.send(b"GET /second HTTP/1.1\r\nhost: x\r\n\r\n", b"")
-                assert (await connection.read_head()).body_size == 3
-                assert [await connection.read_part(), await connection.read_part()] == [b"own", b""]
+            connection = await upstream.lend()
+            connection.send(b"GET /first HTTP/1.1\r\nhost: x\r\n\r\n", b"")
+            await connection.read_head()
+            async with asyncio.timeout(10):
+                while not connection._parts or (size < 9 and not connection._is_complete):
+                    await asyncio.sleep(0.01)
+            upstream.give_back(connection)
+            connection = await upstream.lend()
+            connection.send(b"GET /second HTTP/1.1\r\nhost: x\r\n\r\n", b"")
+            assert (await connection.read_head()).body_size == 3
+            assert [await connection.read_part(), await connection.read_part()] == [b"own", b""]
+            upstream.give_back(connection)
         upstream.close()
 
     tell(story, num_replicas=1)
