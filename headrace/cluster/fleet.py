@@ -22,6 +22,7 @@ from headrace.cluster.health import Watch
 from headrace.cluster.replicas import RemoteReplica, Replicas
 from headrace.config.devices import cuda_devices
 from headrace.config.engine_config import EngineConfig
+from headrace.config.machine import available_cores
 from headrace.engine.seeds import sample_seed
 from headrace.ipc.restarts import RestartBudget
 from headrace.telemetry import LOGGER_NAME, logging_words
@@ -187,7 +188,7 @@ def _places(engine: EngineConfig, num_replicas: int) -> Sequence[tuple[dict[str,
     num_ranks = engine.tp_size * engine.pp_size
     num_devices = 0 if engine.device == "cpu" else len(cuda_devices())
     if not num_devices:
-        num_threads = max(1, len(os.sched_getaffinity(0)) // (num_replicas * num_ranks))
+        num_threads = max(1, available_cores() // (num_replicas * num_ranks))
         is_told = engine.num_threads is not None or "OMP_NUM_THREADS" in os.environ
         return [({} if is_told else {"num_threads": num_threads}, {})] * num_replicas
     if num_devices < num_replicas * num_ranks:

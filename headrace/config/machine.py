@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from headrace.types.errors import ConfigError
@@ -10,6 +11,8 @@ from headrace.types.errors import ConfigError
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 """Limit and usage, of version 2 and of version 1."""
+_QUOTA_FILES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+"""Quota of processor time and the period that it is for, in one file of version 2 and in two of version 1."""
 
 
 def available_memory() -> int:
@@ -44,7 +47,20 @@ def check_working_directory() -> None:
 
 
 def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may run on: at most as many as the quota of its cgroup keeps busy, a part of one being one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *_quotas()])
+
+
+def _quotas() -> Iterator[int]:
+    """What each version's quota amounts to, in cores."""
+    for names in _QUOTA_FILES:
+        try:
+            words = " ".join((_CGROUPS / name).read_text() for name in names).split()
+        except OSError:
+            continue
+        if len(words) == 2 and words[0].isdigit():  # not "max", and not -1
+            yield max(1, -(-int(words[0]) // int(words[1])))
 
 
 def _meminfo_available() -> int:

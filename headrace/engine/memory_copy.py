@@ -8,11 +8,11 @@ is in its owner's list before a thread can see it, nothing here holds a lock of 
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import time
 from collections.abc import Callable
 
+from headrace.config.machine import available_cores
 from headrace.ipc.own_threads import OwnThreads
 
 PART_BYTES = 2 << 20
@@ -62,7 +62,7 @@ class CopyingThreads:
     """Threads that copy, from `start` to `close`. Only what begins between them is copied by several."""
 
     def __init__(self) -> None:
-        self._num_threads = min(MAX_THREADS, _num_cores() * 3 // 4)
+        self._num_threads = min(MAX_THREADS, available_cores() * 3 // 4)
         self._parts: queue.SimpleQueue[CopyPart | None] = queue.SimpleQueue()
         self._threads = OwnThreads()
         self._has_started = self._has_ended = False
@@ -110,7 +110,3 @@ class CopyingThreads:
     def _run(self) -> None:
         while (part := self._parts.get()) is not None:
             part.run()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

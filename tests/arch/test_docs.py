@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 
 import pytest
 
@@ -30,6 +31,16 @@ def exists(path: str) -> bool:
 def test_files_that_a_document_names_exist(name: str) -> None:
     paths = [path for path in named_in((ROOT / "docs" / name).read_text(encoding="utf-8")) if "NAME" not in path]
     assert [path for path in paths if not exists(path)] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{each}" for each in DOCUMENTS)])
+def test_what_pages_install_is_an_extra_and_brings_a_torch_for_cpus(name: str) -> None:
+    """A command that stands alone is one that a machine without a GPU can run as it is, without gigabytes of CUDA."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(re.findall(r"pip install '\.\[(\w+)\]'", text)) <= set(extras)
+    for command in re.findall(r"^pip install .*$", text, re.MULTILINE):
+        assert command.endswith(" --extra-index-url https://download.pytorch.org/whl/cpu"), command
 
 
 def defined_in(body: list[ast.stmt], prefix: str = "") -> set[str]:

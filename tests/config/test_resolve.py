@@ -1,6 +1,7 @@
 """Every "auto" is decided, explained and bounded, whatever the machine has: devices and software are given here."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,25 @@ def test_files_read_long_ago_are_no_used_memory(tmp_path: Path, monkeypatch: pyt
     assert available_memory() == 1 << 30, "a sandbox may show the limit alone"
     limit.write_text("max\n")
     assert available_memory() == 64 << 30
+
+
+@pytest.mark.parametrize(
+    "files",
+    [("cpu.max", "{quota} 100000\n"), ("cpu/cpu.cfs_quota_us", "{quota}\n", "cpu/cpu.cfs_period_us", "100000\n")],
+    ids=CGROUPS,
+)
+def test_a_quota_of_processor_time_bounds_the_cores(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...]
+) -> None:
+    """As of `docker run --cpus`, which takes no core away: a thread for each would wait for the quota."""
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "cpu").mkdir()
+    for quota, cores in {"max": 64, "-1": 64, "400000": 4, "150000": 2, "1000": 1, "9900000": 64}.items():
+        for name, text in zip(files[::2], files[1::2], strict=True):
+            (tmp_path / name).write_text(text.format(quota=quota))
+        assert resolved(folder).num_threads == available_cores() == cores, quota
 
 
 @pytest.mark.parametrize("name", ["model", "tokenizer", "initial_version", "served_model_name", "kernel_cache"])

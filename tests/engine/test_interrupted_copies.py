@@ -26,7 +26,7 @@ TRACED = ("memory_copy.py", "upload_buffers.py")
 @pytest.fixture
 def engine(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(memory_copy, "PART_BYTES", 256)
-    monkeypatch.setattr(memory_copy, "_num_cores", lambda: 8)
+    monkeypatch.setattr(memory_copy, "available_cores", lambda: 8)
     with Engine(model_folder, inprocess=False, **SETTINGS) as found:
         yield found
 

@@ -31,7 +31,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[CopyingThreads]:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> Iterator[CopyingThreads]:
-    monkeypatch.setattr(module, "_num_cores", lambda: num_cores)
+    monkeypatch.setattr(module, "available_cores", lambda: num_cores)
     found = CopyingThreads()
     found.start()
     yield found

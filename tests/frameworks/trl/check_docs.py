@@ -31,6 +31,23 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert [each["step"] for each in names["trainer"].state.log_history if "reward" in each]
 
 
+def test_the_policy_of_the_source_tree_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first block, with what the page says to set where there is no GPU."""
+    (tmp_path / "headrace").symlink_to(ROOT / "headrace")
+    monkeypatch.chdir(tmp_path)
+    (told,) = re.findall(r'^`(MODEL = "[\w/]+")`, with `(max_steps=\d+)` and `(logging_steps=\d+)`', TEXT, re.MULTILINE)
+    model, steps, logging = told
+    program = re.sub("^MODEL = .*$", model, blocks("python")[0], flags=re.MULTILINE)
+    program = program.replace("max_steps=3,", f"{steps}, {logging}, seed=1,")
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(program, "docs/trl.md", "exec"), names)
+    assert "version 39 after 40 pushes" in capsys.readouterr().out
+    rewards = [each["reward"] for each in names["trainer"].state.log_history if "reward" in each]
+    assert len(rewards) == 10 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.2, rewards
+
+
 def test_commands_parse() -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("headrace")]
     assert [parse(shlex.split(line)[1:]).command for line in lines] == ["serve"]

@@ -32,12 +32,14 @@ class Page(NamedTuple):
 def page() -> Page:
     text = (ROOT / "docs" / "verl.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    (sums, environment, sync), (colocate, separate), (products, tools) = (
+    (sums, *environment, sync), (colocate, separate), (products, tools) = (
         block.replace("\\\n", "").splitlines() for block in blocks
     )
     assert all("main_ppo" in command for command in (sync, colocate, separate, tools))
     runs = {"sync": sync, "colocate_async": colocate, "separate_async": separate}
-    return Page(environment, {**{name: (sums, run) for name, run in runs.items()}, "tools": (products, tools)})
+    return Page(
+        "\n".join(environment), {**{name: (sums, run) for name, run in runs.items()}, "tools": (products, tools)}
+    )
 
 
 def train(folder: Path, name: str, log: str, *overrides: str) -> list[dict[str, Any]]:
@@ -66,10 +68,19 @@ def check_probabilities(steps: list[dict[str, Any]]) -> None:
     assert max(differences) <= LARGEST_DIFFERENCE, differences
 
 
+def shown_rewards(folder: Path) -> list[float]:
+    """What the page's command for looking at a run shows."""
+    text = (ROOT / "docs" / "verl.md").read_text(encoding="utf-8")
+    (command,) = re.findall("^grep .*$", text, re.MULTILINE)
+    shown = subprocess.run(["bash", "-c", command], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return [float(line.rpartition(":")[2]) for line in shown.stdout.splitlines()]
+
+
 def test_a_synchronous_run_learns(tmp_path: Path) -> None:
     steps = train(tmp_path, "sync", "sums/grpo.jsonl")
     check_probabilities(steps)
     rewards = [step["critic/rewards/mean"] for step in steps]
+    assert shown_rewards(tmp_path) == rewards
     assert len(rewards) == 8 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
 
 
