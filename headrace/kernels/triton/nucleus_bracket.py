@@ -170,7 +170,7 @@ def _guess_kernel(
         total = _total(peaks_ptr, top, inverse, NUM_BLOCKS, BLOCKS)
         row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
         sample, weights = _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB, NUM_BLOCKS, SIZE)
-        wanted = top_p * total
+        wanted = tl.maximum(top_p * total, _LEAST)  # more than the weight of nothing, which is beyond c
         a, b, c = _guess(maxima, weigh(maxima, top, inverse), sample, weights, total, top, temperature, wanted)
         tl.store(bracket_ptr + WANTED, wanted)
         tl.store(bracket_ptr + FIRST, a)
