@@ -98,7 +98,7 @@ def sampling(table: Table) -> None:
         workspace = sampling_rows.SamplingWorkspace.make(num_rows, vocab, DEVICE)
         tokens, logprobs = torch.zeros_like(slots), torch.zeros(num_rows, device=DEVICE)
         thresholds = torch.zeros(num_rows, device=DEVICE)
-        processed = logits_processors.ProcessedRows.like(logits)
+        processed = logits_processors.ProcessedRows.make(*logits.shape, DEVICE)
         tables = logits_processors.SlotProcessors(
             torch.zeros(num_rows, logits_processors.PROCESSORS_SIZE, dtype=torch.int32, device=DEVICE),
             torch.zeros(num_rows, 1, dtype=torch.int16, device=DEVICE),

@@ -66,8 +66,8 @@ class DeviceSampler:
     slot_params   float32 [max_slots, NUM_PARAMS] and slot_seeds int32 [max_slots, 2], written by `write_slots`
     last_tokens   int32 [max_slots], the token each slot sampled last
 
-    All memory is allocated here, but for copies of processed rows, which take as much as a step's logits while it is
-    sampled, and for what carries results of single steps to the host.
+    All memory is allocated here, room for copies of processed rows among it, which is as large as a step's logits; but
+    for what carries results of single steps to the host.
     """
 
     def __init__(self, vocab_size: int, max_slots: int, max_rows: int, device: torch.device) -> None:
@@ -81,6 +81,7 @@ class DeviceSampler:
         self._tables = SlotProcessors(self._slots.processors, self._slots.counts)
         self._last = LastTokens(self.last_tokens, self._tables)
         self._workspace = SamplingWorkspace.make(max_rows, vocab_size, device)
+        self._processed = ProcessedRows.make(max_rows, vocab_size, device)
         self._survey = RowSurvey.make(max_rows, vocab_size, device)
         self._search = ThresholdWorkspace.make(max_rows, vocab_size, device)
         self._thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
@@ -136,7 +137,7 @@ class DeviceSampler:
         """
         processed, thresholds = None, None
         if not plain:
-            processed = ProcessedRows.like(logits_SV)
+            processed = self._processed.first(len(logits_SV))
             process_rows(
                 logits_SV, processed, self._survey, slots_S, positions_S, self.slot_params, self._tables, allowed
             )
@@ -261,7 +262,7 @@ class DeviceSampler:
         )
         processed, thresholds = None, None
         if not plain:
-            processed = ProcessedRows.like(logits_MV)
+            processed = self._processed.first(num_rows)
             owners = torch.full_like(zeros, slot)
             process_rows(logits_MV, processed, self._survey, ones, zeros, params, self._tables, scored_S=owners)
             thresholds = self._thresholds_of(logits_MV, params, ones, processed)

@@ -202,7 +202,7 @@ def test_nothing_is_specialised_on_the_size_of_a_step(
     steps = Steps(pool_dtype, fixed)
     for num_rows in (1, 8, 16, 64):
         steps.run(num_rows, num_rows, is_decode=True)
-    for num_tokens in (16, 512):
+    for num_tokens in (16, 512, 1999):  # parts of many tokens are merged by another kernel
         steps.run(16, num_tokens, is_decode=False)
     names: list[str] = []
 

@@ -40,7 +40,7 @@ def found_in(values: np.ndarray, cases: list[tuple[float, float]]) -> Found:
     )
     logits = torch.from_numpy(values).to(DEVICE)
     slots = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
-    processed, survey = ProcessedRows.like(logits), RowSurvey.make(num_rows, vocab_size, DEVICE)
+    processed, survey = ProcessedRows.make(num_rows, vocab_size, DEVICE), RowSurvey.make(num_rows, vocab_size, DEVICE)
     workspace = ThresholdWorkspace.make(num_rows, vocab_size, DEVICE)
     thresholds = torch.empty(num_rows, device=DEVICE)
     process_rows(logits, processed, survey, slots, slots, params, tables)

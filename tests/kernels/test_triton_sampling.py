@@ -82,7 +82,7 @@ def thresholds_of(values: np.ndarray, table: torch.Tensor) -> torch.Tensor:
     num_rows, vocab_size = values.shape
     slots = on_device(np.arange(num_rows, dtype=np.int32))
     logits, thresholds = on_device(values), torch.full((num_rows,), float("nan"), device=DEVICE)
-    processed, survey = ProcessedRows.like(logits), RowSurvey.make(num_rows, vocab_size, DEVICE)
+    processed, survey = ProcessedRows.make(num_rows, vocab_size, DEVICE), RowSurvey.make(num_rows, vocab_size, DEVICE)
     process_rows(logits, processed, survey, slots, slots, table, last_tokens(num_rows, 0).tables)
     workspace = ThresholdWorkspace.make(num_rows, vocab_size, DEVICE)
     find_thresholds(logits, table, slots, processed, survey, workspace, thresholds)

@@ -74,10 +74,14 @@ class ProcessedRows:
     copy_of_S: Tensor
 
     @classmethod
-    def like(cls, logits_SV: Tensor) -> ProcessedRows:
-        """Room for the copies of any of these rows."""
-        num_rows = len(logits_SV)
-        return cls(torch.empty_like(logits_SV), torch.empty(num_rows, dtype=torch.int32, device=logits_SV.device))
+    def make(cls, max_rows: int, vocab_size: int, device: torch.device) -> ProcessedRows:
+        """Room for copies of `max_rows` rows."""
+        copies = torch.empty(max_rows, vocab_size, dtype=torch.float32, device=device)
+        return cls(copies, torch.empty(max_rows, dtype=torch.int32, device=device))
+
+    def first(self, num_rows: int) -> ProcessedRows:
+        """The room of so many rows."""
+        return ProcessedRows(self.copies_SV[:num_rows], self.copy_of_S[:num_rows])
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,14 @@ def narrowed(
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The threshold by mass, given as to `narrow`; `least`, should rounding leave too little mass to find."""
-    low, high, above, num_low, num_high = narrow(
-        row_ptr, low, num_low, a, b, c, top, wanted, least, inverse, VOCAB, BLOCK, CAP, True
-    )
+    if VOCAB > CAP:
+        low, high, above, num_low, num_high = narrow(
+            row_ptr, low, num_low, a, b, c, top, wanted, least, inverse, VOCAB, BLOCK, CAP, True
+        )
+    else:  # all have room; and Triton's compiler breaks down over a loop that it knows is never entered
+        high = next_above(top)
+        above = 0.0
+        num_high = 0
     threshold = low
     if num_low - num_high <= CAP:
         x, _ = collect(row_ptr, scratch, low, high, VOCAB, BLOCK, CAP)
