@@ -14,7 +14,7 @@ import time
 
 import msgspec
 
-from headrace.bench.http_wire import connect, post, read_body
+from headrace.bench.http_wire import connect, flush_cache, post, read_body
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.workloads import WARM_TOKENS, Scale, WorkloadName, make_workload
 from headrace.types.sampling_params import LogprobMode
@@ -68,7 +68,7 @@ async def load(what: Load) -> Loaded:
     seconds: list[float] = []
     answers: list[_Answer] = []
     for _ in range(what.runs):
-        await _flush(what.port)
+        await flush_cache(what.port)
         took, answers = await _send_all(what, requests)
         seconds.append(took)
     return Loaded(seconds, [_kept(index, answers[index]) for index in what.kept])
@@ -94,20 +94,12 @@ async def _send_all(what: Load, requests: list[tuple[list[int], int]]) -> tuple[
             writer.close()
 
 
-async def _flush(port: int) -> None:
-    reader, writer = await connect(port)
-    writer.write(post("/flush_cache", {}))
-    await read_body(reader)
-    writer.close()
-
-
 def _body(style: RequestStyle, prompt: list[int], length: int) -> bytes:
-    sampling = {"max_new_tokens": length, "ignore_eos": True, **style.sampling()}
     return post(
         "/generate",
         {
             "input_ids": prompt,
-            "sampling_params": sampling,
+            "sampling_params": style.sampling(length),
             "return_logprob": True,
             "top_logprobs_num": style.top_logprobs,
         },

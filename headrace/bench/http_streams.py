@@ -18,11 +18,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from headrace.bench.http_wire import connect, post, read_body
+from headrace.bench.http_wire import flush_cache, post
 from headrace.bench.request_style import RequestStyle
 from headrace.bench.workloads import WARM_TOKENS, make_closed_loop
 
-_EVENT_END, _LAST_EVENT, _BODY_END = b"\n\n", b"data: [DONE]\n\n", b"0\r\n\r\n"
+_OK, _EVENT_END, _LAST_EVENT, _BODY_END = b"HTTP/1.1 200", b"\n\n", b"data: [DONE]\n\n", b"0\r\n\r\n"
+_MAX_STATUS_LINE = 200
 _TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 
 
@@ -48,7 +49,7 @@ class StreamTimes(msgspec.Struct):
     num_later_tokens: int = 0
 
 
-class _Connection(asyncio.Protocol):
+class StreamConnection(asyncio.Protocol):
     """One stream at a time."""
 
     def __init__(self) -> None:
@@ -76,7 +77,12 @@ class _Connection(asyncio.Protocol):
         if num_events > self._body.count(_LAST_EVENT, self._num_seen):
             self._num_seen = self._body.rfind(_EVENT_END) + len(_EVENT_END)
             self.times.append(now)
-        if self._body.endswith(_BODY_END) and self._ended is not None:
+        if self._ended is None:
+            return
+        if b"\r\n" in self._body[:_MAX_STATUS_LINE] and not self._body.startswith(_OK):  # has no end as a stream's
+            self._ended.set_exception(RuntimeError(f"answered {self._body[:300].decode(errors='replace')}"))
+            self._ended = None
+        elif self._body.endswith(_BODY_END):
             self._ended.set_result(bytes(self._body))
             self._ended = None
 
@@ -92,17 +98,17 @@ async def measure(load: StreamLoad) -> StreamTimes:
     lengths = workload.output_lengths
     bodies = [_body(load.style, prompt, length) for prompt, length in zip(workload.prompts, lengths, strict=True)]
     loop, times = asyncio.get_running_loop(), StreamTimes()
-    opened = [await loop.create_connection(_Connection, "127.0.0.1", load.port) for _ in range(load.concurrency)]
+    opened = [await loop.create_connection(StreamConnection, "127.0.0.1", load.port) for _ in range(load.concurrency)]
     connections = [connection for _, connection in opened]
 
-    async def client(connection: _Connection, numbers: Iterator[int]) -> None:
+    async def client(connection: StreamConnection, numbers: Iterator[int]) -> None:
         for number in numbers:
             asked = time.perf_counter()
             _note(times, await connection.stream(bodies[number]), connection.times, asked, lengths[number])
 
     try:
         await asyncio.gather(*(each.stream(body) for each, body in zip(connections, warm, strict=False)))
-        await _flush(load.port)
+        await flush_cache(load.port)
         gc.collect()
         gc.freeze()
         numbers, start = iter(range(load.num_requests)), time.perf_counter()
@@ -116,7 +122,7 @@ async def measure(load: StreamLoad) -> StreamTimes:
 
 def _note(times: StreamTimes, answer: bytes, came: list[float], asked: float, length: int) -> None:
     found = _TOKENS.findall(answer)
-    if not answer.startswith(b"HTTP/1.1 200") or not found or int(found[-1]) != length:
+    if not found or int(found[-1]) != length:
         raise RuntimeError(f"asked for {length} tokens, got {answer[-300:].decode(errors='replace')}")
     gaps = [after - before for before, after in zip(came, came[1:], strict=False)]
     times.firsts.append(came[0] - asked)
@@ -125,20 +131,12 @@ def _note(times: StreamTimes, answer: bytes, came: list[float], asked: float, le
     times.num_later_tokens += length - 1
 
 
-async def _flush(port: int) -> None:
-    reader, writer = await connect(port)
-    writer.write(post("/flush_cache", {}))
-    await read_body(reader)
-    writer.close()
-
-
 def _body(style: RequestStyle, prompt: list[int], length: int) -> bytes:
-    sampling = {"max_new_tokens": length, "ignore_eos": True, **style.sampling()}
     return post(
         "/generate",
         {
             "input_ids": prompt,
-            "sampling_params": sampling,
+            "sampling_params": style.sampling(length),
             "stream": True,
             "incremental_streaming_output": True,
         },

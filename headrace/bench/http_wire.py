@@ -40,6 +40,14 @@ def post(path: str, body: dict[str, Any]) -> bytes:
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
+async def flush_cache(port: int) -> None:
+    """Have the server forget what it holds of prompts."""
+    reader, writer = await connect(port)
+    writer.write(post("/flush_cache", {}))
+    await read_body(reader)
+    writer.close()
+
+
 async def read_body(reader: asyncio.StreamReader) -> bytes:
     """The body of the next answer, however it is sent. Raises `RuntimeError` if its status is not 200."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -91,7 +91,7 @@ def run(options: OnlineOptions, on_progress: Callable[[str], None]) -> dict[str,
         )
         concurrency = options.concurrency or (CPU_CONCURRENCY if is_cpu else GPU_CONCURRENCY)
         settings = prepared.with_defaults(max_running_requests=concurrency, context_length=workload.max_length)
-        on_progress(f"{len(workload.prompts)} requests, {concurrency} in flight")
+        on_progress(f"starting the engine for {len(workload.prompts)} requests, {concurrency} in flight")
         if options.http:
             seconds, arrivals, metrics = _measure_http(prepared, settings, workload, options, concurrency)
         else:

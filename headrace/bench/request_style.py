@@ -24,11 +24,13 @@ class RequestStyle(msgspec.Struct, frozen=True):
     top_logprobs: int = 0
 
     def params(self, num_tokens: int) -> SamplingParams:
-        return SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, **self.sampling())
+        return SamplingParams(**self.sampling(num_tokens))
 
-    def sampling(self) -> dict[str, Any]:
-        """Sampling parameters, by the names that `SamplingParams` and `/generate` have for them."""
+    def sampling(self, num_tokens: int) -> dict[str, Any]:
+        """All sampling parameters, by the names that `SamplingParams` and `/generate` have for them."""
         return {
+            "max_new_tokens": num_tokens,
+            "ignore_eos": True,
             "temperature": 1.0,
             "top_p": self.top_p,
             "top_k": self.top_k,

@@ -64,6 +64,11 @@ class RemoteReplica:
             return self.trouble
         return f"its weights are {self.weight_version!r}, not those of the last update, {self.wanted_version!r}"
 
+    @property
+    def candidate(self) -> Candidate:
+        """It as a policy sees it."""
+        return Candidate(self.number, self.num_requests, self.num_tokens)
+
 
 class Replicas:
     """All of them, in the order in which they came. Lives on the router's loop."""
@@ -222,7 +227,7 @@ class Replicas:
 
     def _offered(self, avoided: Collection[int]) -> list[Candidate]:
         ready = [
-            Candidate(each.number, each.num_requests, each.num_tokens)
+            each.candidate
             for each in self._by_number.values()
             if each.is_healthy and each.is_current and not each.trouble and each.number not in avoided
         ]
@@ -241,7 +246,7 @@ class Replicas:
     def _offered_where_none_is_ready(self, avoided: Collection[int]) -> list[Candidate]:
         healthy = [each for each in self._by_number.values() if each.is_healthy and each.is_current]
         others = [each for each in healthy if each.number not in avoided]
-        return [Candidate(each.number, each.num_requests, each.num_tokens) for each in others or healthy]
+        return [each.candidate for each in others or healthy]
 
     def _check_weights(self) -> None:
         if self._by_number and not any(each.is_current for each in self):

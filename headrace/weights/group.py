@@ -295,14 +295,11 @@ class GroupArrivals:
     def free(self) -> None:
         """What was taken is not read any more."""
         taken, self._taken = self._taken, []
-        self._have_gone(len(taken))
+        with self._memory.lock:
+            self._num_left -= len(taken)
         for buffer in taken:
             if buffer is not None:
                 self._memory.put(buffer)
-
-    def _have_gone(self, count: int) -> None:
-        with self._memory.lock:
-            self._num_left -= count
 
     def drop(self) -> None:
         """Nothing of it is read any more; what is still to come is received and forgotten. Idempotent."""

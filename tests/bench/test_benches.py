@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
+from headrace.bench.http_streams import StreamConnection
 from headrace.cli import main
 
 
@@ -102,6 +104,20 @@ def test_online(capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     assert isinstance(longest, dict) and longest["max"] >= result["first_token_ms"]["max"]  # type: ignore[index]
     assert isinstance(between, dict) and 0 < between["p50"] <= between["p99"] <= between["max"]
     assert isinstance(result["tokens_per_piece"], float) and result["tokens_per_piece"] >= 1
+
+
+def test_a_stream_that_is_refused_is_not_waited_for() -> None:
+    """An answer that is no stream has no end that a stream has."""
+
+    class Transport(asyncio.Transport):
+        def write(self, data: object) -> None:
+            asyncio.get_running_loop().call_soon(connection.data_received, b"HTTP/1.1 40")
+            asyncio.get_running_loop().call_soon(connection.data_received, b"0 Bad Request\r\n\r\ntop_p is 2")
+
+    connection = StreamConnection()
+    connection.connection_made(Transport())
+    with pytest.raises(RuntimeError, match="400 Bad Request"):
+        asyncio.run(asyncio.wait_for(connection.stream(b"GET"), 10.0))
 
 
 def test_serve_beside_offline(capsys: pytest.CaptureFixture[str]) -> None:
