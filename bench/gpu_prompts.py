@@ -23,26 +23,6 @@ import torch
 from headrace import Engine, SamplingParams
 from headrace.bench.models import SHAPES
 
-_LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
 
 class Row(NamedTuple):
     """So many prompts of so many ids each, and what comes after each."""
@@ -54,8 +34,8 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "llama-16k": Row(_LLAMA_8B, 32, 16_384, 1),
-    "llama-60k": Row(_LLAMA_8B, 1, 60_000, 64),
+    "llama-16k": Row(SHAPES["llama-3.1-8b"], 32, 16_384, 1),
+    "llama-60k": Row(SHAPES["llama-3.1-8b"], 1, 60_000, 64),
     "8b-2k": Row(SHAPES["qwen3-8b"], 128, 2_048, 16),
     "0.6b-2k": Row(SHAPES["qwen3-0.6b"], 512, 2_048, 16),
 }

@@ -39,8 +39,8 @@ class StreamLoad(msgspec.Struct, frozen=True):
 
 
 class StreamTimes(msgspec.Struct):
-    """Seconds: of the whole; from each request to its first event; between the events of a stream; and the longest time
-    that each stream stood still, its first token included."""
+    """Seconds: of the whole; from each request to its first event; between the events of a stream; and of each stream
+    that had several the longest time between two."""
 
     seconds: float = 0.0
     firsts: list[float] = []
@@ -127,7 +127,8 @@ def _note(times: StreamTimes, answer: bytes, came: list[float], asked: float, le
     gaps = [after - before for before, after in zip(came, came[1:], strict=False)]
     times.firsts.append(came[0] - asked)
     times.gaps += gaps
-    times.longest.append(max([came[0] - asked, *gaps]))
+    if gaps:
+        times.longest.append(max(gaps))
     times.num_later_tokens += length - 1
 
 

@@ -1,6 +1,6 @@
 """Model folders for benchmarks, made on the spot: a `config.json`, and for the small model random weights too.
 
-The public shapes (Qwen3-0.6B, Qwen3-8B, Qwen3-32B) are written without weights, for `load_format="dummy"`.
+The public shapes (Qwen3, Qwen2.5-0.5B, Llama-3.1-8B) are written without weights, for `load_format="dummy"`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,32 @@ def _qwen3(*sizes: int, dtype: str, is_tied: bool, eos_token_id: int) -> dict[st
     }
 
 
+_QWEN2_5_0_5B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    **dict(zip(_SIZES, (151936, 896, 4864, 24, 14, 2, 64, 32768), strict=True)),
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+    "eos_token_id": 151645,
+}
+
+_LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **dict(zip(_SIZES, (128256, 4096, 14336, 32, 32, 8, 128, 131072), strict=True)),
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "small": _qwen3(16384, 256, 768, 6, 8, 4, 32, 4096, dtype="float32", is_tied=True, eos_token_id=16383),
     "tiny": _qwen3(512, 64, 128, 2, 4, 2, 16, 4096, dtype="float32", is_tied=True, eos_token_id=511),
@@ -48,9 +74,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-32b": _qwen3(
         151936, 5120, 25600, 64, 64, 8, 128, 40960, dtype="bfloat16", is_tied=False, eos_token_id=151645
     ),
+    "qwen2.5-0.5b": _QWEN2_5_0_5B,
+    "llama-3.1-8b": _LLAMA_3_1_8B,
 }
 
-WEIGHTLESS_SHAPES = ("qwen3-0.6b", "qwen3-8b", "qwen3-32b")
+WEIGHTLESS_SHAPES = ("qwen3-0.6b", "qwen3-8b", "qwen3-32b", "qwen2.5-0.5b", "llama-3.1-8b")
 """Too large to be written to a file on the spot."""
 
 

@@ -55,7 +55,7 @@ class OnlineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 class Arrivals:
     """When tokens came, in seconds: `firsts` since submission, `gaps` since the stream's piece before; and the
-    `longest` of these of each stream."""
+    `longest` gap of each stream."""
 
     def __init__(self) -> None:
         self.firsts = array.array("d")
@@ -69,7 +69,7 @@ class Arrivals:
         found: dict[str, Any] = {
             "first_token_ms": _percentiles(self.firsts),
             "between_tokens_ms": _percentiles(self.gaps),
-            "longest_ms": _percentiles(self.longest),
+            "longest_gap_ms": _percentiles(self.longest),
         }
         if self.gaps:
             found["tokens_per_piece"] = round(self.num_later_tokens / len(self.gaps), 3)
@@ -201,7 +201,6 @@ async def _stream(
             continue
         if not token_ids:
             arrivals.firsts.append(now - submitted)
-            longest = now - submitted
         else:
             arrivals.gaps.append(now - last)
             longest = max(longest, now - last)
@@ -211,7 +210,8 @@ async def _stream(
         logprobs += piece.logprobs
     if not len(token_ids) == len(logprobs) == num_tokens:
         raise InternalError("a stream did not bring the tokens that were asked for; the figure would be wrong")
-    arrivals.longest.append(longest)
+    if longest:
+        arrivals.longest.append(longest)
     return ScoredSequence(prompt, token_ids, logprobs, mode)
 
 

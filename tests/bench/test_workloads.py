@@ -53,7 +53,7 @@ def test_a_scaled_workload_keeps_its_shape(name: WorkloadName, scale: Scale) -> 
 def test_every_shape_is_a_model_the_engine_knows(tmp_path: Path) -> None:
     for shape in SHAPES:
         spec = ModelSpec.from_folder(write_config(tmp_path / shape, shape))
-        assert spec.architecture == "Qwen3ForCausalLM"
+        assert spec.architecture == SHAPES[shape]["architectures"][0]
     with pytest.raises(ConfigError, match="enormous"):
         write_config(tmp_path, "enormous")
 

@@ -41,12 +41,12 @@ def test_shapes_alike_are_served_and_others_left_to_the_library() -> None:
     assert choose_product("add", 16, 4096, 12288 + 32, BF16) is None, "not cut evenly"
     assert choose_product("add", 16, 2048, 12288, BF16) is None
     assert choose_product("plain", 16, 4096, 12288, BF16) is None
-    assert choose_product("add", 1, 77, 99, torch.float32) == row_tile(99)
+    assert choose_product("add", 1, 77, 99, torch.float32) == row_tile(77, 99)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("tile", [None, ProductTile(16, 32, 32, num_stages=2), row_tile(64)])
+@pytest.mark.parametrize("tile", [None, ProductTile(16, 32, 32, num_stages=2), row_tile(64, 64)])
 def test_a_layer_agrees_whatever_is_chosen(tile: ProductTile | RowTile | None, has_bias: bool, num_rows: int) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(DEVICE)

@@ -25,7 +25,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(33, 200), (64, 1030)])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(33, 200), (9, 1030), (5, 4200), (6, 900)])
 def test_one_row_with_everything_fused(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
     x, weight = random(2, num_inputs, dtype=dtype, seed=1), random(2 * num_outputs, num_inputs, dtype=dtype, seed=2)
     weight *= num_inputs**-0.5

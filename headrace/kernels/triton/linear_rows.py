@@ -89,11 +89,24 @@ class RowTile:
     num_warps: int
 
 
-def row_tile(num_inputs: int, *, gated: bool = False) -> RowTile:
-    """A tile whose loads are all in flight at once: about 16,384 weights per program, whole rows where they fit."""
+SMALL_PRODUCT = 1 << 23
+"""A product of one row by up to so many weights waits for the launch ahead rather than for its weights."""
+
+
+def row_tile(num_outputs: int, num_inputs: int, *, gated: bool = False) -> RowTile:
+    """A tile whose loads are all in flight at once: about 16,384 weights per program, whole rows where they fit.
+
+    Small products have programs of few outputs, of longer rows with more warps: won in chains of whole decoder layers
+    of Qwen3-0.6B and Qwen2.5-0.5B on one H200 (`bench/gpu_one_row.py`).
+    """
+    block_k = triton.next_power_of_2(num_inputs)
+    if num_outputs * num_inputs <= SMALL_PRODUCT and block_k <= 8192:
+        if block_k > 1024:
+            return RowTile(4, block_k, 4 if block_k == 2048 else 8)
+        if gated and block_k == 1024:
+            return RowTile(4, block_k, 2)
     if num_inputs > 4096:
         return RowTile(4, 2048, 8)
-    block_k = triton.next_power_of_2(num_inputs)
     block_n = min(16, max(4, 16384 // block_k // (2 if gated else 1)))
     return RowTile(block_n, block_k, 8 if num_inputs <= 1024 and not gated else 4)
 
@@ -121,7 +134,7 @@ def multiply_row(
     """
     num_rows, num_inputs = x_MK.shape
     num_outputs = out_MN.shape[1]
-    tile = tile or row_tile(num_inputs, gated=gated)
+    tile = tile or row_tile(num_outputs, num_inputs, gated=gated)
     _row_kernel[(triton.cdiv(num_outputs, tile.block_n), num_rows)](
         x_MK, weight_NK, weight_NK if norm_K is None else norm_K, weight_NK if bias_N is None else bias_N, out_MN,
         x_MK.stride(0), out_MN.stride(0), eps, num_outputs,

@@ -75,7 +75,7 @@ def choose_product(
     else by the library. One row is always streamed.
     """
     if num_rows == 1:
-        return row_tile(num_inputs, gated=kind == "gate")
+        return row_tile(num_outputs, num_inputs, gated=kind == "gate")
     if dtype == torch.float32:
         return None
     for measured in _MEASURED:
@@ -83,7 +83,7 @@ def choose_product(
         if measured.kind == kind and alike:
             tile = next((tile for max_rows, tile in measured.winners if num_rows <= max_rows), None)
             if tile == _ROW:
-                return row_tile(num_inputs, gated=kind == "gate")
+                return row_tile(num_outputs, num_inputs, gated=kind == "gate")
             return tile if tile is not None and _fits(tile, num_rows, num_outputs, num_inputs) else None
     return None
 
