@@ -56,7 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefill_step_tokens      token budget of a step while few rows decode, so that prompts are computed in large pieces;
                              None: 8192 on cuda, on cpu or where `max_num_batched_tokens` is given as much as that
     max_step_ms              cuda: a step of `prefill_step_tokens` may take so long, as measured at the start, or they
-                             are fewer: rows that decode beside it wait for it
+                             are fewer: rows that decode beside it wait for it. Prompts that attend to long contexts
+                             come in smaller pieces beside such rows, by an estimate of what attention takes
     prefix_cache             keep and match computed prefixes
     overlap_depth            plans issued ahead of the oldest unknown result; None: 1 on cuda, 0 on cpu, and with
                              stages one less than they are at least

@@ -24,6 +24,10 @@ class AttentionSpec(msgspec.Struct, frozen=True):
     qk_norm: bool
     window: int | None
 
+    def num_multiplied(self, hidden_size: int) -> int:
+        """Weights of projections that each token is multiplied by."""
+        return 2 * hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+
 
 class DenseSpec(msgspec.Struct, frozen=True, tag="dense"):
     """A gated feed-forward block."""
@@ -34,6 +38,10 @@ class DenseSpec(msgspec.Struct, frozen=True, tag="dense"):
     def widest(self, hidden_size: int) -> int:
         """Elements per token of what it computes, where they are most."""
         return 2 * self.intermediate_size
+
+    def num_multiplied(self, hidden_size: int) -> int:
+        """Weights that each token is multiplied by."""
+        return 3 * hidden_size * self.intermediate_size
 
 
 class ExpertsSpec(msgspec.Struct, frozen=True, tag="experts"):
@@ -48,6 +56,10 @@ class ExpertsSpec(msgspec.Struct, frozen=True, tag="experts"):
     def widest(self, hidden_size: int) -> int:
         """As `DenseSpec.widest`: each picked expert has the token's input and what it makes of it."""
         return self.num_per_token * (2 * self.intermediate_size + hidden_size)
+
+    def num_multiplied(self, hidden_size: int) -> int:
+        """As `DenseSpec.num_multiplied`, the router's among them."""
+        return hidden_size * (3 * self.num_per_token * self.intermediate_size + self.num_experts)
 
 
 MlpSpec = DenseSpec | ExpertsSpec

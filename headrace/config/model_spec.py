@@ -53,6 +53,16 @@ class ModelSpec(msgspec.Struct, frozen=True):
         return kv_groups(self.layers)
 
     @property
+    def attended_per_token(self) -> int:
+        """Positions that a token attends to with as many multiplications as its products in all layers take."""
+        products = sum(
+            layer.attention.num_multiplied(self.hidden_size) + layer.mlp.num_multiplied(self.hidden_size)
+            for layer in self.layers
+        )
+        per_position = sum(2 * layer.attention.num_heads * layer.attention.head_dim for layer in self.layers)
+        return max(1, products // per_position)
+
+    @property
     def sliding_window(self) -> int | None:
         """The least window of a layer that slides; None where none does."""
         return min(

@@ -82,9 +82,9 @@ class Takeover(msgspec.Struct, frozen=True):
 class ResolvedConfig(msgspec.Struct, frozen=True):
     """An `EngineConfig` with nothing left open. `kv_dtype` is a torch dtype's name; `cuda` describes the device in use.
 
-    `num_pages` includes page 0, which is never given to a sequence; 0 on cuda until the core has measured the pool.
-    `explanations` are (setting, value, why) for each setting that was "auto" or was cut. `takeover` is None for an
-    engine's first core.
+    `num_pages` includes page 0, which no sequence is given; 0 on cuda until the core has measured it, and
+    `max_step_cost`, how many tokens without context a step of `max_step_ms` has. `explanations` are (setting, value,
+    why) for each setting that was "auto" or was cut. `takeover` is None for an engine's first core.
     """
 
     engine: SettledConfig
@@ -101,6 +101,7 @@ class ResolvedConfig(msgspec.Struct, frozen=True):
     cuda: CudaDevice | None = None
     takeover: Takeover | None = None
     sampling_defaults: dict[str, float] = {}
+    max_step_cost: int = 0
 
     @property
     def max_total_num_tokens(self) -> int:
@@ -241,8 +242,7 @@ def resolve(
 def _ranks_of_node(config: EngineConfig) -> int:
     num_ranks = config.tp_size * config.pp_size
     if num_ranks % config.nnodes:
-        message = f"{num_ranks} ranks (tp_size times pp_size) cannot be spread evenly over nnodes {config.nnodes}"
-        raise ConfigError(message, field="nnodes")
+        raise ConfigError(f"nnodes {config.nnodes} does not divide tp_size times pp_size, {num_ranks}", field="nnodes")
     return num_ranks // config.nnodes
 
 

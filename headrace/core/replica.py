@@ -81,6 +81,8 @@ def scheduler_limits(resolved: ResolvedConfig) -> SchedulerLimits:
         max_waiting_requests=settings.max_waiting_requests,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         prefill_step_tokens=settings.prefill_step_tokens,
+        max_step_cost=resolved.max_step_cost,
+        attended_per_token=resolved.model.attended_per_token,
         context_length=resolved.context_length,
         page_size=settings.page_size,
         num_pages=resolved.num_pages,

@@ -258,14 +258,16 @@ def _explained(resolved: ResolvedConfig, name: str, value: int, why: str) -> tup
 
 
 def _fit_steps(resolved: ResolvedConfig, steps: StepRunner) -> ResolvedConfig:
-    """Steps that bring prompts beside few rows have as many tokens as `max_step_ms` allows."""
+    """Steps that bring prompts beside few rows have as many tokens as `max_step_ms` allows; how many that are is told
+    the scheduler, for prompts that attend to much."""
     engine = resolved.engine
     if engine.prefill_step_tokens <= engine.max_num_batched_tokens:
         return resolved
     most, milliseconds = engine.max_step_tokens, steps.greatest_ms()
+    tokens = max(engine.max_num_batched_tokens, int(most * engine.max_step_ms / milliseconds))
+    resolved = msgspec.structs.replace(resolved, max_step_cost=tokens)
     if milliseconds <= engine.max_step_ms:
         return resolved
-    tokens = max(engine.max_num_batched_tokens, int(most * engine.max_step_ms / milliseconds))
     why = f"a step of {most} took {milliseconds:.0f} ms, and max_step_ms is {engine.max_step_ms:g}"
     explanations = _explained(resolved, "prefill_step_tokens", tokens, why)
     engine = msgspec.structs.replace(engine, prefill_step_tokens=tokens)

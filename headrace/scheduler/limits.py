@@ -20,7 +20,8 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     """Fixed at start. Sizes are in tokens unless the name says pages or requests; page 0 is never leased.
     While FEW_ROWS run at most, a step has `prefill_step_tokens`, if that is more.
     `max_page_moves` are copied to the host, and from it, beside one step at most. With several cohorts the rows that
-    sample take turns, and none is in two steps at once: an unknown token is nobody's input."""
+    sample take turns, and none is in two steps at once: an unknown token is nobody's input. Where rows decode, the rest
+    of a step costs `max_step_cost` at most (0: anything), as `StepBudget` counts by `attended_per_token`."""
 
     max_running_requests: int
     max_waiting_requests: int
@@ -35,6 +36,8 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
     max_page_moves: int = 1
     num_cohorts: int = 1
     prefill_step_tokens: int = 0
+    max_step_cost: int = 0
+    attended_per_token: int = 1
 
     @property
     def max_total_num_tokens(self) -> int:

@@ -25,6 +25,7 @@ from headrace.scheduler.prefix_groups import NO_GROUPS, find_groups
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.running_table import IndexArray
 from headrace.scheduler.sequence import Sequence, State
+from headrace.scheduler.step_budget import StepBudget
 from headrace.types.plan import LAST_TOKEN, StepPlan
 from headrace.types.request import Int32Array
 
@@ -68,10 +69,10 @@ class StepPlanner:
         if offload is not None:
             offload.begin_step()
         order = self._roster.order()
-        budget = self._limits.step_tokens(len(order))
+        budget = StepBudget(self._limits, len(order))
         if len(order):
-            budget -= self._add_running(builder, order, budget)
-        if budget > 0:
+            self._add_running(builder, order, budget)
+        if budget.tokens > 0:
             self._admit(builder, budget, epoch, admit_new=admit_new)
         if offload is not None:
             builder.moves = offload.end_step()
@@ -84,25 +85,36 @@ class StepPlanner:
         self._counters.num_scheduled_tokens += len(plan.token_ids)
         return plan, rows, builder.moves
 
-    def _add_running(self, builder: PlanBuilder, order: IndexArray, budget: int) -> int:
-        """Serve the sequences that hold slots; returns the tokens spent."""
+    def _add_running(self, builder: PlanBuilder, order: IndexArray, budget: StepBudget) -> None:
+        """Serve the sequences that hold slots."""
         table, leases = self._roster.table, self._roster.leases
         ends = table.num_expected[order] if self._limits.num_cohorts == 1 else table.num_known[order]
         pending = np.minimum(ends, table.compute_length[order]) - table.num_scheduled[order]
-        singles = order[pending == 1][: self._most_singles(pending, budget)]
+        singles = order[pending == 1][: self._most_singles(pending, budget.tokens)]
+        budget.take_singles(len(singles))
         are_long = pending > 1
-        chunks = _cut(order[are_long], pending[are_long], budget - len(singles))
+        chunks = self._cut(order[are_long], pending[are_long], budget)
         growing = singles[table.num_scheduled[singles] >= leases.num_pages[singles] * leases.page_size]
         num_missing = len(growing) + sum(self._num_missing(slot, length) for slot, length in chunks)
         if num_missing > leases.num_available:
             granted = self._share_pages(order, dict(chunks) | dict.fromkeys(singles.tolist(), 1))
+            budget.give_back(len(singles) + sum(length for _, length in chunks) - sum(granted.values()))
             singles, growing = (slots[[slot in granted for slot in slots.tolist()]] for slots in (singles, growing))
             chunks = [(slot, granted[slot]) for slot, _ in chunks if slot in granted]
         if len(singles):
             self._add_singles(builder, singles, growing)
         for slot, length in chunks:
             self._add_chunk(builder, slot, length)
-        return len(singles) + sum(length for _, length in chunks)
+
+    def _cut(self, slots: IndexArray, lengths: IndexArray, budget: StepBudget) -> list[tuple[int, int]]:
+        """(slot, tokens) of each, as far as the budget goes."""
+        chunks = []
+        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+            granted = budget.take(int(self._roster.table.num_scheduled[slot]), length)
+            if not granted:
+                break
+            chunks.append((slot, granted))
+        return chunks
 
     def _most_singles(self, pending: IndexArray, budget: int) -> int:
         """How many rows of one token a step may have: with several cohorts each takes a part of those that have no more
@@ -185,13 +197,13 @@ class StepPlanner:
         table.num_expected[slot] += samples
         self._counters.num_prefill_tokens += length
 
-    def _admit(self, builder: PlanBuilder, budget: int, epoch: int, *, admit_new: bool) -> None:
+    def _admit(self, builder: PlanBuilder, budget: StepBudget, epoch: int, *, admit_new: bool) -> None:
         """Let sequences into free slots while budget and pages last. One that does not fit is passed only by such as
         came with it and end in the room that is left; see `_one_behind`."""
         limits = self._limits
         num_reserved: int | None = None
         forecast: PoolForecast | None = None
-        while budget > 0 and self._roster.num_running < limits.max_served:
+        while budget.tokens > 0 and self._roster.num_running < limits.max_served:
             sequence = self._roster.next_to_admit(admit_new=admit_new)
             if sequence is None or (
                 limits.num_cohorts > 1 and len(builder.new_slots) >= self._share(len(self._roster.by_handle))
@@ -209,13 +221,15 @@ class StepPlanner:
             offload = self._roster.leases.offload
             if offload is not None and self._waits_for_host(offload, sequence, namespace, match):
                 return
+            start = match.num_pages * limits.page_size
+            pending = min(len(sequence.token_ids), sequence.compute_length) - start
+            granted = budget.take(start, pending)
+            if not granted:
+                return
             course = self._course_of(entrant)
             slot = self._enter(builder, sequence, namespace, match)
-            num_known = len(sequence.token_ids)
-            pending = min(num_known, sequence.compute_length) - match.num_pages * limits.page_size
-            self._counters.num_chunked_prompts += pending > budget
-            self._add_chunk(builder, slot, min(pending, budget))
-            budget -= pending
+            self._counters.num_chunked_prompts += granted < pending
+            self._add_chunk(builder, slot, granted)
             num_reserved += num_pages - int(self._roster.leases.num_pages[slot])
             forecast = None if forecast is None else forecast.with_one(*course)
 
@@ -329,14 +343,3 @@ class StepPlanner:
         if (rows.lengths == 1).all():
             self._grouped = (self._roster.generation, rows.slots, groups)
         return groups
-
-
-def _cut(slots: IndexArray, lengths: IndexArray, budget: int) -> list[tuple[int, int]]:
-    """(slot, tokens) of each, as far as the budget goes."""
-    chunks = []
-    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-        if budget <= 0:
-            break
-        chunks.append((slot, min(length, budget)))
-        budget -= length
-    return chunks

@@ -94,6 +94,23 @@ def test_kv_bytes_per_token_counts_keys_and_values_of_all_layers() -> None:
     assert ModelSpec.from_config(config()).kv_bytes_per_token(4) == 2 * 2 * 2 * 16 * 4
 
 
+def test_positions_that_cost_a_token_as_much_as_its_products() -> None:
+    """Counted from the weights of transformers' own layers, and from two products of all heads per position."""
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    for settings in (config(), config("Qwen3MoeForCausalLM", model_type="qwen3_moe", **experts)):
+        model_type = settings.pop("model_type", "llama")
+        model_config = transformers.AutoConfig.for_model(model_type, **settings)
+        model = transformers.AutoModelForCausalLM.from_config(model_config)
+        weights = 0
+        for name, weight in model.model.layers.named_parameters():
+            share = 2 / 5 if ".experts." in name else 1.0
+            weights += weight.numel() * share * (weight.dim() > 1)
+        spec = ModelSpec.from_config({**settings, "model_type": model_type})
+        attention = spec.layers[0].attention
+        per_position = 2 * len(spec.layers) * attention.num_heads * attention.head_dim
+        assert spec.attended_per_token == int(weights / per_position) > 100
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

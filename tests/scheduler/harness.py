@@ -350,6 +350,7 @@ def random_limits(random_: random.Random, overlap_depth: int, num_cohorts: int =
     page_size = random_.choice((1, 1, 2, 2, 3, 4, 8, 16))
     context_length = random_.randint(6, 26)
     least = -(-context_length // page_size)
+    costs = random.Random(64 * context_length + page_size)
     return SchedulerLimits(
         max_running_requests=random_.choice((1, 2, 4, 6, 8)),
         max_waiting_requests=100,
@@ -364,4 +365,6 @@ def random_limits(random_: random.Random, overlap_depth: int, num_cohorts: int =
         max_page_moves=random_.choice((1, 3, 100)),
         num_cohorts=num_cohorts,
         prefill_step_tokens=random_.choice((0, 1, 12, 40)),
+        max_step_cost=costs.choice((0, 0, 1, 7, 20)),
+        attended_per_token=costs.choice((1, 4, 30)),
     )

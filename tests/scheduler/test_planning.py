@@ -63,6 +63,26 @@ def test_while_few_run_a_step_takes_more_of_their_prompts(monkeypatch: pytest.Mo
     assert lengths[4] == [1, 1, 1]
 
 
+def test_beside_rows_that_decode_a_prompt_comes_in_smaller_pieces_the_more_it_attends_to() -> None:
+    """A token costs 1 and as much again for each 10 positions before it; nobody waits for the first prompt."""
+    scheduler = make(max_step_cost=20, attended_per_token=10)
+    scheduler.add(request(1, 60, 2), 0.0)
+    assert [length for _, _, length in rows(step(scheduler)[0])] == [60], "nothing decodes"
+    scheduler.add(request(2, 50, 9), 0.0)
+    scheduler.add(request(3, 4), 0.0)
+    lengths = [[length for _, _, length in rows(step(scheduler)[0])] for _ in range(5)]
+    assert lengths == [[1, 12], [38, 4], [1, 1], [1, 1], [1]]
+
+
+def test_a_prompt_goes_on_however_dear_its_tokens_are() -> None:
+    scheduler = make(max_step_cost=1, attended_per_token=1)
+    scheduler.add(request(1, 2, 20), 0.0)
+    step(scheduler)
+    scheduler.add(request(2, 9, 1), 0.0)
+    assert [length for _, _, length in rows(step(scheduler)[0])] == [1, 1]
+    assert len(finish_all(scheduler)) > 0 and scheduler.metrics()["num_finished"] == 2
+
+
 @pytest.mark.parametrize("num_cohorts", [1, 2])
 def test_no_more_run_than_the_steps_behind_a_large_one_have_tokens_for(
     monkeypatch: pytest.MonkeyPatch, num_cohorts: int
