@@ -370,9 +370,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _go_on(self) -> None:
         """A request has its answer: the next one, which may be there already. None is begun while the client does not
-        take its answers, and in the end nothing more is read."""
+        take its answers, nor behind the last one, and in the end nothing more is read."""
         self._is_due = False
-        if self._is_lost or self._is_lingering or self._is_full or self._call is not None:
+        is_last = self._is_lost or self._is_lingering or self._transport.is_closing()
+        if is_last or self._is_full or self._call is not None:
             return
         if self._head is None:
             self._wait(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
