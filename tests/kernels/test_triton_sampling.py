@@ -170,7 +170,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane", "-0"])
 def test_thresholds_leave_what_they_mean(kind: str) -> None:
     values = logits(len(CASES), 3)
     if kind == "ties":
@@ -183,6 +183,9 @@ def test_thresholds_leave_what_they_mean(kind: str) -> None:
         values[:, 100:8100] = 9.0
     elif kind == "one lane":  # the greatest lie where a pass with any power of 2 of lanes sees them in few
         values[:, ::512] += 30.0
+    elif kind == "-0":  # the greatest value
+        values = -np.abs(values)
+        values[:, ::900] = -0.0
     table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
     thresholds = thresholds_of(values, table)
     for row, found, (temperature, top_k, top_p, min_p) in zip(values, thresholds.tolist(), CASES, strict=True):

@@ -33,8 +33,8 @@ from headrace.kernels.triton.logits_processors import load_logits
 
 @triton.jit
 def ordered_bits(x):
-    """float32 as int32 in the same order."""
-    bits = x.to(tl.int32, bitcast=True)
+    """float32 as int32 in the same order, of -0 as of 0: what lies just above it is no zero."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
