@@ -278,8 +278,6 @@ class UpstreamConnection(asyncio.Protocol):
             raise FramingError("it sends without being asked")
         if self._head is None and not self._parse_head():
             return
-        if self._is_complete:
-            return
         if self._chunks is not None:
             self._take(*self._chunks.read(self._buffer))
             self._is_complete = self._chunks.is_complete

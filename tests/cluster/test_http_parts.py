@@ -28,7 +28,7 @@ def test_a_request_is_read() -> None:
     assert parse_request(b"GET / HTTP/1.0\r\nConnection: Keep-Alive").keeps_alive
     assert not parse_request(b"GET / HTTP/1.1\r\nConnection: x, Close").keeps_alive
     assert parse_request(b"PUT / HTTP/1.1\r\nExpect: 100-Continue").expects_continue
-    assert not parse_request(b"PUT / HTTP/1.0\r\nExpect: 100-Continue").expects_continue  # which knows no interim answer
+    assert not parse_request(b"PUT / HTTP/1.0\r\nExpect: 100-Continue").expects_continue
 
 
 @pytest.mark.parametrize(
