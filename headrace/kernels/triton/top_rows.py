@@ -80,6 +80,7 @@ def _load_stated(row_ptr, ids, mask, threshold, is_point, token):
 
 @triton.jit
 def _pack(x, ids):
+    x = tl.where(x == 0.0, 0.0, x)  # one zero
     return (ordered_bits(x).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
 
 
