@@ -266,6 +266,18 @@ def test_a_client_that_asks_and_does_not_read_is_not_read(target: str, num: int)
     tell(story, num_replicas=0)
 
 
+def test_a_client_of_http_1_0_sees_where_an_answer_without_a_length_ends() -> None:
+    """It knows no chunks: so its connection has to end, whatever it asks for."""
+
+    async def story(found: Routed) -> None:
+        body = b'{"stream":true}'
+        asked = b"POST /generate HTTP/1.0\r\nconnection: keep-alive\r\ncontent-length: %d\r\n\r\n" % len(body)
+        told = await raw_exchange(found.port, asked + body + LAST)
+        assert b"connection: close\r\n" in told and told.endswith(b"data: [DONE]\n\n") and told.count(b"HTTP/1") == 1
+
+    tell(story, num_replicas=1)
+
+
 def test_head_of_an_answer_without_a_length_has_no_body() -> None:
     async def story(found: Routed) -> None:
         chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
