@@ -79,6 +79,7 @@ class Exchange:
         self._connection = connection
         self._head = head
         self._is_chunked, self._has_body = False, True
+        self._ends_connection = False  # its body has no other end
         self.has_begun = False
         self.is_complete = False
         self.status = 0
@@ -108,6 +109,7 @@ class Exchange:
         self.status, self.has_begun, self.media_type = status, True, media_type
         self._has_body = self._head.method != "HEAD"
         self._is_chunked = self._has_body and not self._head.is_old
+        self._ends_connection = self._has_body and self._head.is_old
         headers: Headers = [(b"transfer-encoding", b"chunked")] if self._is_chunked else []
         self._connection.write(write_head(status_line(status), [*headers, *self._last_words()], lines))
 
@@ -136,10 +138,14 @@ class Exchange:
     @property
     def keeps_connection(self) -> bool:
         """True when the client may send its next request."""
-        return self.is_complete and self._head.keeps_alive and not self._connection.front.is_closing
+        return self.is_complete and not self._is_last
+
+    @property
+    def _is_last(self) -> bool:
+        return not self._head.keeps_alive or self._ends_connection or self._connection.front.is_closing
 
     def _last_words(self) -> Headers:
-        if not self._head.keeps_alive or self._connection.front.is_closing:
+        if self._is_last:
             return [(b"connection", b"close")]
         return [(b"connection", b"keep-alive")] if self._head.is_old else []
 
@@ -370,9 +376,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _go_on(self) -> None:
         """A request has its answer: the next one, which may be there already. None is begun while the client does not
-        take its answers, and in the end nothing more is read."""
+        take its answers, nor behind the last one, and in the end nothing more is read."""
         self._is_due = False
-        if self._is_lost or self._is_lingering or self._is_full or self._call is not None:
+        is_last = self._is_lost or self._is_lingering or self._transport.is_closing()
+        if is_last or self._is_full or self._call is not None:
             return
         if self._head is None:
             self._wait(HEAD_SECONDS if self._buffer else IDLE_SECONDS)

@@ -122,9 +122,11 @@ def parse_request(raw: bytes) -> Head:
     size, is_old = _body_size(fields), minor == b"0"
     if is_old and size is None:
         raise FramingError("HTTP/1.0 knows no transfer-encoding")
+    if b"," in fields.get(b"host", b""):
+        raise FramingError("host must be one name")
     keeps_alive = _keeps_alive(fields, is_old)
     path = target.partition(b"?")[0].decode()
-    expects = fields.get(b"expect", b"").lower() == b"100-continue"
+    expects = not is_old and fields.get(b"expect", b"").lower() == b"100-continue"
     size = 0 if size == -1 else size
     return Head(headers, size, keeps_alive, method.decode(), target, is_old, path=path, expects_continue=expects)
 

@@ -274,9 +274,9 @@ class UpstreamConnection(asyncio.Protocol):
         return True
 
     def _parse(self) -> None:
-        if self._head is None and not self._parse_head():
-            return
         if self._is_complete:
+            raise FramingError("it sends without being asked")
+        if self._head is None and not self._parse_head():
             return
         if self._chunks is not None:
             self._take(*self._chunks.read(self._buffer))
@@ -292,8 +292,6 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _parse_head(self) -> bool:
         """Whether a head has come whole; interim ones are passed over."""
-        if self._is_complete:
-            raise FramingError("it sends without being asked")
         while (end := self._buffer.find(_END_OF_HEAD)) >= 0:
             head = self._heads.read(bytes(self._buffer[:end]))
             del self._buffer[: end + len(_END_OF_HEAD)]

@@ -129,7 +129,9 @@ def submit(replica: Replica, command: Submit, front: int, now: float) -> None:
 
 def pause(replica: Replica, command: Pause, now: float) -> None:
     """Stop stepping; `PauseControl` answers when the mode's promise holds."""
-    replica.pause.pause(command.call_id, command.mode, now, command.deadline)
+    if command.mode == "drain":
+        replica.update.check_drain()
+    replica.pause.pause(command.call_id, command.mode, now, command.deadline, lacks=replica.memory.is_wanted)
 
 
 def resume(replica: Replica, command: Resume, now: float) -> None:

@@ -75,12 +75,12 @@ class CoreLoop:
             replica.outbox.flush(force=not stepped)
             return stepped
         pause, update, memory = replica.pause, replica.update, replica.memory
-        may_submit = not replica.stands_still and not update.holds_generation
+        may_submit = not replica.stands_still and not update.holder
         admit_new = not pause.is_draining and not update.is_draining
         stepped = replica.stepper.step(may_submit=may_submit, admit_new=admit_new)
         replica.outbox.flush()
         now = self._clock()
-        pause.advance(now)
+        pause.advance(now, lacks=memory.is_wanted, holder=update.holder)
         update.expire(now)
         replica.reading.expire(now)
         memory.expire(now)
@@ -119,7 +119,7 @@ class CoreLoop:
     def _expire_held_requests(self, now: float) -> None:
         """Answer requests that have waited behind a pause, an update or for memory for `pause_timeout`."""
         replica = self.replica
-        held = replica.pause.mode is not None or replica.update.holds_generation or replica.update.is_draining
+        held = replica.pause.mode is not None or replica.update.holder or replica.update.is_draining
         held = held or bool(replica.memory.lacks)
         if not held:
             self._held_since = None

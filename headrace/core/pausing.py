@@ -5,6 +5,9 @@
     recompute   steps stop; running requests give up their KV and are computed again at resume
     drain       started requests run to their end first; answered when none is left
 
+While generation lacks memory, or weights that only an update brings, nothing can drain: then "drain" is "keep". One
+that waits for requests which an update holds goes on with them when that is over.
+
 Requests that arrive while paused wait in the queue, for at most the configured time. The last pause counts, and one
 resume ends them all. A pause that fails or is given up leaves what was in force before it.
 """
@@ -58,11 +61,14 @@ class PauseControl:
         """When a drain fails; None when none is going on."""
         return min((each.waits_until for each in self.pauses.values() if each.waits_until is not None), default=None)
 
-    def pause(self, call_id: int, mode: PauseMode, now: float, deadline: float = NO_DEADLINE) -> None:
-        """Pause, and reply when the mode's promise holds. A later pause replaces one that still drains."""
+    def pause(
+        self, call_id: int, mode: PauseMode, now: float, deadline: float = NO_DEADLINE, *, lacks: bool = False
+    ) -> None:
+        """Pause, and reply when the mode's promise holds. A later pause replaces one that still drains. `lacks` as for
+        `advance`."""
         if mode == "drain":
             self.pauses[call_id] = _Pause(mode, deadline)
-            self.advance(now)
+            self.advance(now, lacks=lacks)
             return
         self.end(UpdateConflictError("a later pause replaced this one"))
         self.pauses[call_id] = _Pause(mode)
@@ -76,14 +82,21 @@ class PauseControl:
         self.end(UpdateConflictError("generation was resumed before it had drained"))
         self.pauses.clear()
 
-    def advance(self, now: float) -> None:
-        """Fail drains whose time is up, and complete the others when nothing started is left."""
+    def advance(self, now: float, *, lacks: bool = False, holder: str = "") -> None:
+        """Fail drains whose time is up, and complete the others when nothing started is left, or what is cannot run.
+
+        `lacks`: generation stands still for want of memory or weights, until a call brings them. `holder`: which update
+        holds generation; "": none does.
+        """
         if not self.is_draining:
             return
+        message = "requests still ran at the deadline of the pause: it is undone"
+        if holder:
+            message = f"requests were held by {holder} at the deadline of the pause: it is undone"
         for call_id, pause in list(self.pauses.items()):
             if pause.waits_until is not None and now >= pause.waits_until:
-                self.give_up(call_id, DeadlineError("requests still ran at the deadline of the pause: it is undone"))
-        if self.is_draining and self._scheduler.num_started == 0:
+                self.give_up(call_id, DeadlineError(message))
+        if self.is_draining and (lacks or self._scheduler.num_started == 0):
             self._stepper.settle()
             for call_id in self._drop_waits():
                 self._outbox.reply(call_id)

@@ -82,6 +82,11 @@ class MemoryControl:
         self._has_graphs = True
 
     @property
+    def is_wanted(self) -> bool:
+        """No step runs before a call, none of which has come, brings memory or weights."""
+        return bool(self.lacks) and not self.jobs
+
+    @property
     def deadline(self) -> float | None:
         """When the first of the calls fails; None while there is none."""
         return min((job.command.deadline for job in self.jobs), default=None)

@@ -35,8 +35,9 @@ class PendingCall(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct):
-    """Generation stands still for the session. `since` is in seconds of `time.perf_counter`."""
+    """Generation stands still for a session, which `who` names. `since` is in seconds of `time.perf_counter`."""
 
     policy: InFlight
     since: float
     num_aborted: int
+    who: str

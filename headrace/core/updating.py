@@ -112,9 +112,9 @@ class UpdateControl:
             raise UpdateConflictError("an update from a folder has begun; abort it first", field="session_id")
 
     @property
-    def holds_generation(self) -> bool:
-        """No step may run for the session's sake."""
-        return self._hold is not None
+    def holder(self) -> str:
+        """The session for whose sake no step may run, in words; "" where there is none."""
+        return "" if self._hold is None else self._hold.who
 
     @property
     def is_draining(self) -> bool:
@@ -187,6 +187,11 @@ class UpdateControl:
             named = f"; not staged yet: {shortened(missing)}" if missing else ""
             message = f"session {session.session_id} is open{writes}{named}; abort_update ends it"
             raise UpdateConflictError(message, field="session_id")
+
+    def check_drain(self) -> None:
+        """`UpdateConflictError` while a session holds requests and waits for its sender, who may be the one to ask."""
+        if self.holder and not (self._jobs or self._commit) and self._scheduler.num_started:
+            raise UpdateConflictError(f"{self.holder} holds requests in flight: commit or abort it first", field="mode")
 
     def lose_weights(self, seed: int) -> None:
         """Overwrite live weights with noise. Every request is answered; none is served until an update lands."""
@@ -345,7 +350,8 @@ class UpdateControl:
         aborted = self._scheduler.abort(None, "Aborted by a weight update") if policy == "abort" else []
         self._outbox.add(aborted)
         self._stepper.settle()
-        self._hold = Hold(policy, time.perf_counter(), sum(delta.finish is not None for delta in aborted))
+        num_aborted, who = sum(delta.finish is not None for delta in aborted), f"session {session.session_id}"
+        self._hold = Hold(policy, time.perf_counter(), num_aborted, who)
         return True
 
     def _is_complete(self, session: OpenUpdate, commit: PendingCall) -> bool:

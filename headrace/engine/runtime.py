@@ -118,10 +118,12 @@ class _Errand(Generic[Result]):
         if self._task is None:
             self.refuse()
         elif not self.is_gone and self._undoing is None:
-            self._task.cancel()
             self._undoing = self._loop.create_task(self._undo(self._task))
 
     async def _undo(self, task: asyncio.Task[Result]) -> None:
+        """Behind the first step of `task`, though it be given up at once: what it says there of itself others count on,
+        as those do who send what it announces."""
+        task.cancel()
         try:
             await asyncio.wait([task])
             if self._regret is not None and not task.cancelled() and task.exception() is None:

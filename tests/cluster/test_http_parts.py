@@ -27,6 +27,8 @@ def test_a_request_is_read() -> None:
     assert not parse_request(b"GET / HTTP/1.0").keeps_alive
     assert parse_request(b"GET / HTTP/1.0\r\nConnection: Keep-Alive").keeps_alive
     assert not parse_request(b"GET / HTTP/1.1\r\nConnection: x, Close").keeps_alive
+    assert parse_request(b"PUT / HTTP/1.1\r\nExpect: 100-Continue").expects_continue
+    assert not parse_request(b"PUT / HTTP/1.0\r\nExpect: 100-Continue").expects_continue
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,7 @@ def test_a_request_is_read() -> None:
         b"get / HTTP/1.1",
         b"GET /\xc3\xa9 HTTP/1.1",
         b"GET / HTTP/1.1\r\nHost : a",
+        b"GET / HTTP/1.1\r\nHost: a\r\nhost: b",
         b"GET / HTTP/1.1\r\n folded: a",
         b"GET / HTTP/1.1\r\na: b\n c: d",
         b"GET / HTTP/1.1\r\na: b\rc",

@@ -166,6 +166,51 @@ def test_an_answer_that_nobody_read_is_not_part_of_the_next_one(size: int) -> No
     tell(story, num_replicas=1)
 
 
+def test_a_connection_that_nobody_waits_on_is_closed_when_something_comes() -> None:
+    """A second answer, when the first was read and the connection lent to nobody: it would be kept for ever."""
+
+    async def story() -> None:
+        ended = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            for wanted in (b"first", b"second"):
+                await reader.readuntil(wanted)
+                writer.write(answer(b"own"))
+            await reader.read()
+            ended.set()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            upstream = Upstream("127.0.0.1", server.sockets[0].getsockname()[1], 1.0, 1.0)
+            connection = await upstream.lend()
+            connection.send(b"first", b"")
+            await connection.read_head()
+            assert await connection.read_whole() == b"own"
+            upstream.give_back(connection)
+            connection._transport.write(b"second")
+            await asyncio.wait_for(ended.wait(), 10)
+            assert not connection.may_be_used_again
+            upstream.close()
+
+    asyncio.run(story())
+
+
+def test_nothing_is_begun_behind_a_last_request() -> None:
+    """Its client takes the answer slowly, and has sent another request behind it."""
+
+    async def story(found: Routed) -> None:
+        (replica,) = found.replicas
+        replica.raw["/model_info"] = answer(b"x" * (16 << 20))
+        last = b"GET /model_info HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        behind = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
+        told = await raw_exchange(found.port, last + behind)
+        assert told.endswith(b"x") and told.count(b"HTTP/1.1 ") == 1
+        await found.generate(rid="another")
+        assert [body for target, _, body in replica.seen if target == "POST /generate"] == [b'{"rid":"another"}']
+
+    tell(story, num_replicas=1)
+
+
 def test_clients_that_go_away_leave_the_answers_of_others_alone() -> None:
     async def story(found: Routed) -> None:
         async def leave(number: int) -> None:
@@ -219,6 +264,18 @@ def test_a_client_that_asks_and_does_not_read_is_not_read(target: str, num: int)
         writer.close()
 
     tell(story, num_replicas=0)
+
+
+def test_a_client_of_http_1_0_sees_where_an_answer_without_a_length_ends() -> None:
+    """It knows no chunks: so its connection has to end, whatever it asks for."""
+
+    async def story(found: Routed) -> None:
+        body = b'{"stream":true}'
+        asked = b"POST /generate HTTP/1.0\r\nconnection: keep-alive\r\ncontent-length: %d\r\n\r\n" % len(body)
+        told = await raw_exchange(found.port, asked + body + LAST)
+        assert b"connection: close\r\n" in told and told.endswith(b"data: [DONE]\n\n") and told.count(b"HTTP/1") == 1
+
+    tell(story, num_replicas=1)
 
 
 def test_head_of_an_answer_without_a_length_has_no_body() -> None:

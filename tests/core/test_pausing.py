@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.types.messages import Abort, GiveUp, Pause, Resume
-from tests.core.harness import Core, request
+from headrace.types.messages import Abort, AbortUpdate, CommitUpdate, GiveUp, Pause, Resume
+from headrace.types.weights import UpdateReport
+from tests.core.harness import Core, new_tensors, request
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1, 3])
@@ -187,6 +188,40 @@ def test_a_drain_while_paused_runs_what_was_kept() -> None:
     core.call(Pause, "drain")
     assert core.finish_types(1, 2) == ["length", None]
     assert core.status().paused == "drain"
+
+
+def test_a_drain_of_requests_that_an_update_holds_waits_for_its_sender_no_longer_than_it_must() -> None:
+    """He may be who asks for it, so he is told at once, unless a call of his is in progress: that has an end."""
+    core, tensors = Core(), new_tensors(3.0)
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    session = core.begin(tensors, mode="inplace", in_flight="keep")
+    core.stage(session, tensors, ["k.weight"])
+    refusal = core.refused(Pause, "drain")
+    assert (refusal.code, refusal.field) == ("UpdateConflictError", "mode")
+    assert f"session {session} holds requests in flight" in refusal.message
+    assert core.status().paused == ""
+    core.stage(session, tensors, [name for name in tensors if name != "k.weight"])
+    commit, drain = core.start(CommitUpdate, session), core.start(Pause, "drain")
+    core.settle()
+    core.answer(commit, UpdateReport)
+    core.answer(drain)
+    assert core.finish_types(1) == ["length"] and core.status().paused == "drain"
+
+
+def test_a_drain_that_an_update_keeps_waiting_names_it() -> None:
+    core, tensors = Core(), new_tensors(3.0)
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    drain = core.start(Pause, "drain", deadline=core.clock.now + 5.0)
+    core.turn()
+    session = core.begin(tensors, mode="inplace", in_flight="keep")
+    core.stage(session, tensors, ["k.weight"])
+    core.clock.now += 5.0
+    core.turn()
+    assert f"held by session {session} at the deadline" in core.error(drain).message
+    assert core.status().paused == ""
+    core.call(AbortUpdate, session)
 
 
 def test_requests_queue_behind_a_pause_and_are_refused_in_time() -> None:

@@ -306,6 +306,46 @@ def test_an_update_does_not_wait_for_requests_that_cannot_run(mode: str) -> None
     assert core.tokens(1) == list(range(6, 26))
 
 
+@pytest.mark.parametrize("lacks", ["memory", "weights", "memory from now on"])
+def test_a_pause_does_not_wait_for_requests_that_cannot_run(lacks: str) -> None:
+    """What brings back what they lack may be the very caller's next call."""
+    core = core_over(keep_weights_copy=False)
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(5)
+    pause = core.start(Pause, "drain") if lacks == "memory from now on" else 0
+    core.call(ReleaseMemory, (), "recompute")
+    if lacks == "weights":
+        core.call(ResumeMemory)
+    pause = pause or core.start(Pause, "drain")
+    core.turn(2)
+    core.answer(pause)
+    core.call(ResumeMemory)
+    update(core)
+    core.settle()
+    assert core.status().paused == "drain" and core.finish(1) is None
+    core.call(Resume)
+    core.settle()
+    assert core.tokens(1) == list(range(6, 26))
+
+
+@pytest.mark.parametrize("tags", [("cuda_graph",), ()])
+def test_a_drain_goes_on_when_memory_is_there_again(tags: tuple[MemoryTag, ...]) -> None:
+    """What generation lacks while a call goes on it may have in the end."""
+    core = core_over(TurningExecutor(num_turns=4))
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(5)
+    core.call(ReleaseMemory, tags, "recompute")
+    resume = core.start(ResumeMemory, tags)
+    core.turn()
+    pause = core.start(Pause, "drain")
+    core.turn()
+    assert {resume, pause}.isdisjoint(core.link.replies)
+    core.settle()
+    core.answer(resume)
+    core.answer(pause)
+    assert core.finish_types(1) == ["length"] and core.status().paused == "drain"
+
+
 def test_weights_keep_version_and_epoch_through_a_release() -> None:
     core = core_over()
     update(core, "v1")

@@ -289,6 +289,26 @@ def test_a_tensor_that_is_refused_lets_the_rest_pass(
     assert spawned.digest() == digest
 
 
+def test_a_call_that_is_given_up_at_once_lets_what_it_announced_pass(
+    spawned: Engine, trainer: TrainerProcess, new_folder: Path
+) -> None:
+    """Its sender knows nothing of that."""
+    join(spawned, trainer)
+    session = spawned.begin_update("given up", manifest_of())
+
+    async def give_up() -> None:
+        staging = asyncio.create_task(spawned.asynchronous.stage_from_group(session, NAMES, "g"))
+        await asyncio.sleep(0)
+        staging.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await staging
+
+    asyncio.run(give_up())
+    trainer.ask(do="send", name="g", folder=str(new_folder), names=NAMES)
+    spawned.abort_update(session)
+    push(spawned, trainer, new_folder)
+
+
 def bucket_call(names: list[str]) -> tuple[list[str], list[str], list[list[int]]]:
     """What slime's call says of these tensors."""
     shapes = {name: list(shape) for name, shape, _ in manifest_of()}

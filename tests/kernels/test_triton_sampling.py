@@ -167,10 +167,11 @@ def test_ranks_that_have_whole_blocks_each_find_what_one_does(num_blocks: int) -
 CASES = [
     (1.0, 50, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.0, 8999, 1.0, 0.0), (1.0, 0, 0.95, 0.0), (0.3, 0, 0.5, 0.0),
     (1.0, 50, 0.9, 0.0), (2.0, 3000, 0.99, 0.0), (1.0, 0, 1.0, 0.05), (0.7, 200, 0.95, 0.1), (0.0, 5, 0.5, 0.0),
+    (2.0, 50, 1e-300, 0.0),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "peak", "plateau", "one lane", "-0", "top"])
 def test_thresholds_leave_what_they_mean(kind: str) -> None:
     values = logits(len(CASES), 3)
     if kind == "ties":
@@ -183,6 +184,12 @@ def test_thresholds_leave_what_they_mean(kind: str) -> None:
         values[:, 100:8100] = 9.0
     elif kind == "one lane":  # the greatest lie where a pass with any power of 2 of lanes sees them in few
         values[:, ::512] += 30.0
+    elif kind == "top":  # and nothing is greater
+        values = np.minimum(values, np.float32(1.0))
+        values[:, 100:8100] = 1.1
+    elif kind == "-0":  # the greatest value
+        values = -np.abs(values)
+        values[:, ::900] = -0.0
     table = params(*[(t, t or 1.0, 1, top_k, top_p, min_p) for t, top_k, top_p, min_p in CASES])
     thresholds = thresholds_of(values, table)
     for row, found, (temperature, top_k, top_p, min_p) in zip(values, thresholds.tolist(), CASES, strict=True):

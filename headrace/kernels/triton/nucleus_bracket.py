@@ -51,7 +51,7 @@ _FEW = tl.constexpr(256)  # groups: as many as reach a, at least
 _SPAN = tl.constexpr(2.0)  # in units of T: of [a, b) and [b, c) at most
 _SPAN_HALVINGS = tl.constexpr(9)
 _WARPS, _GUESS_REGISTERS, _LOOK_REGISTERS = 8, 128, 80  # two and three programs have room on a multiprocessor
-_LEAST = tl.constexpr(1e-30)
+LEAST = tl.constexpr(1e-30)
 _ROUNDING = tl.constexpr(1e-5)  # of the wanted weight, what sums in another order may come to
 
 
@@ -107,7 +107,7 @@ def _estimated(maxima, held, sample, weights, scale, t):
 @triton.jit
 def _guess(maxima, held, sample, weights, total, top, temperature, wanted):
     """a, b and c."""
-    all_weights = tl.maximum(tl.sum(weights, 0), _LEAST)
+    all_weights = tl.maximum(tl.sum(weights, 0), LEAST)
     scale = tl.maximum(total - tl.sum(held, 0), 0.0) / all_weights
     b = top - _REACH * temperature
     few = b
@@ -170,7 +170,7 @@ def _guess_kernel(
         total = _total(peaks_ptr, top, inverse, NUM_BLOCKS, BLOCKS)
         row_ptr = drawn_row(logits_ptr, copies_ptr, row, copy, VOCAB, True)
         sample, weights = _sampled(row_ptr, maxima_ptr, top, inverse, VOCAB, NUM_BLOCKS, SIZE)
-        wanted = tl.maximum(top_p * total, _LEAST)  # more than the weight of nothing, which is beyond c
+        wanted = tl.maximum(top_p * total, LEAST)  # more than the weight of nothing, which is beyond c
         a, b, c = _guess(maxima, weigh(maxima, top, inverse), sample, weights, total, top, temperature, wanted)
         tl.store(bracket_ptr + WANTED, wanted)
         tl.store(bracket_ptr + FIRST, a)

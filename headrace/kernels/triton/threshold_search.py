@@ -32,6 +32,7 @@ from headrace.kernels.triton.nucleus_bracket import (
     BRACKET_WORDS,
     FIRST,
     KEPT,
+    LEAST,
     NUM_STRIDE,
     SECOND,
     THIRD,
@@ -130,7 +131,7 @@ def _nucleus(
     low = tl.maximum(reach, least)
     high = next_above(top)
     total, near, _, _, num_low, _ = weigh_above(row_ptr, least, low, top, least, top, inverse, VOCAB, BLOCK, True)
-    wanted = top_p * total
+    wanted = tl.maximum(top_p * total, LEAST)  # more than the weight of nothing, which is beyond high
     nothing = tl.full([], float("-inf"), tl.float32)
     threshold = bisect(best, weights_of(best, least, top, inverse), nothing, high, 0.0, wanted)
     if third >= threshold:

@@ -33,7 +33,7 @@ from headrace.kernels.triton.logits_processors import load_logits
 
 @triton.jit
 def ordered_bits(x):
-    """float32 as int32 in the same order."""
+    """float32 as int32 in the same order; -0 comes before 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -47,7 +47,7 @@ def unordered_bits(key):
 @triton.jit
 def next_above(x):
     """The least float32 greater than x."""
-    return unordered_bits(ordered_bits(x) + 1)
+    return unordered_bits(ordered_bits(tl.where(x == 0.0, 0.0, x)) + 1)  # above -0 as above 0, which it equals
 
 
 @triton.jit
