@@ -11,7 +11,7 @@ import torch
 
 from headrace import DeadlineError, Engine, UpdateConflictError, WeightUpdateError
 from tests.engine.group_trainer import TrainerProcess
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.gpu.builders import Checkpoint, Checkpoints, Starter
 from tests.gpu.test_engine_features import outputs
 

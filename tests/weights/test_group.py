@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from headrace.weights import group as group_module
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
 from headrace.weights.group import Broadcast, GroupArrivals, TorchGroup, _passes_on, _timer
 from tests.engine.group_trainer import TrainerProcess
+from tests.free_ports import free_port
 
 CPU = torch.device("cpu")
 
@@ -32,12 +32,6 @@ def trainer() -> Iterator[TrainerProcess]:
     process = TrainerProcess()
     yield process
     process.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
