@@ -15,7 +15,7 @@ def free_port() -> int:
     """One that nobody listens at, outside the range of which the host gives one to whoever connects or does not care:
     else it is somebody's by the time that it is used. Tests that look at once begin in different places."""
     first, last = (int(each) for each in (_RANGE.read_text() if _RANGE.exists() else "32768 60999").split())
-    ports = [*range(_LOWEST, first), *range(last + 1, 1 << 16)]
+    ports = list(range(_LOWEST, first)) + list(range(last + 1, 1 << 16))
     start = random.SystemRandom().randrange(len(ports))
     for port in ports[start:] + ports[:start]:
         with contextlib.suppress(OSError), socket.socket() as probe:
