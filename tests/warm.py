@@ -266,6 +266,7 @@ def _become(wanted: Start, descriptors: list[int], told: int) -> None:
     try:
         if wanted.has_own_session:
             os.setsid()
+        _forget_handlers()
         _take(wanted.numbers, descriptors, told)
         for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
             stream = open(number, mode, buffering=1 if name == "stderr" else -1, closefd=False)  # noqa: SIM115
@@ -290,6 +291,14 @@ def _become(wanted: Start, descriptors: list[int], told: int) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+
+
+def _forget_handlers() -> None:
+    """Of signals, as a program that begins: what is ignored stays so."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _take(numbers: list[int], descriptors: list[int], told: int) -> None:
