@@ -47,6 +47,7 @@ EXTRAS ?= test
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
+COMPILED := $(VENV)/compiled.stamp
 GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 GPU_STAMP := $(if $(PYTHON_GPU),,$(STAMP))
 # What is imported is compiled then, once, whatever the environment says: of what is installed it is a small part.
@@ -78,8 +79,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/headrace demo $(ARGS)
 
+# What every worker imports is compiled here, once: they begin together, and each would compile all of it.
+$(COMPILED): $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --collect-only -qq >/dev/null || true
+	@touch $@
+
 # One thread per test process: the workers share the cores.
-test: $(STAMP)
+test: $(COMPILED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(STAMP)

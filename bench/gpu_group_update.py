@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import tempfile
 import time
@@ -45,11 +44,11 @@ class Trainer:
         from torch._C import _distributed_c10d as c10d
 
         self._engine, self._thread, self._options = engine, ThreadPoolExecutor(1), c10d.BroadcastOptions()
-        port = _free_port()
+        store = c10d.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=_SECONDS), False)
+        port = store.port
         joined = self._thread.submit(
             engine.init_weights_update_group, "127.0.0.1", port, 1, 2, _NAME, "nccl", timeout=_SECONDS
         )
-        store = c10d.TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=_SECONDS), False)
         part = store_of(store, JoinGroup(0, _NAME, "127.0.0.1", port, 0, 2, "nccl"))
         options = c10d.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
         self._group = c10d.ProcessGroupNCCL(part, 0, 2, options)  # type: ignore[attr-defined]
@@ -100,12 +99,6 @@ def cut(tensors: Named, num_bytes: int) -> Iterator[Named]:
             part = []
         part.append((name, tensor))
     yield part
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 def main() -> None:

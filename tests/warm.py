@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import inspect
 import itertools
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,16 +241,23 @@ def _serve(connection: socket.socket) -> None:
         os.close(ready)
 
 
-def _start_from_here(wanted: Start, descriptors: list[int]) -> int:
-    """How a process that began warm starts one: what it has in memory is what the other needs."""
+def _start_from_here(known: frozenset[Any], wanted: Start, descriptors: list[int]) -> int:
+    """How a process that began warm starts one: what it has in memory is what the other needs, but for what it does at
+    its own end, all finalizers but those `known`: they are of descriptors that the other has not."""
     ready, told = os.pipe()
     pid = os.fork()
     if not pid:
+        for each in _finalizers() - known:
+            each.detach()
         _become(wanted, descriptors, told)
     os.close(told)
     assert os.read(ready, 64), "it has ended"
     os.close(ready)
     return pid
+
+
+def _finalizers() -> frozenset[Any]:
+    return frozenset(weakref.finalize._registry)  # type: ignore[attr-defined]
 
 
 def _become(wanted: Start, descriptors: list[int], told: int) -> None:
@@ -257,6 +266,7 @@ def _become(wanted: Start, descriptors: list[int], told: int) -> None:
     try:
         if wanted.has_own_session:
             os.setsid()
+        _forget_handlers()
         _take(wanted.numbers, descriptors, told)
         for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
             stream = open(number, mode, buffering=1 if name == "stderr" else -1, closefd=False)  # noqa: SIM115
@@ -281,6 +291,14 @@ def _become(wanted: Start, descriptors: list[int], told: int) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+
+
+def _forget_handlers() -> None:
+    """Of signals, as a program that begins: what is ignored stays so."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _take(numbers: list[int], descriptors: list[int], told: int) -> None:
@@ -315,7 +333,7 @@ def main(number: int) -> None:
     num_threads = len(os.listdir("/proc/self/task"))
     assert num_threads == 1, f"{num_threads} threads: only a process of one can be forked"
     connection = socket.socket(fileno=number)
-    with _replaced(_start_from_here):
+    with _replaced(functools.partial(_start_from_here, _finalizers())):
         _serve(connection)
 
 

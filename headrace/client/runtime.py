@@ -193,7 +193,8 @@ def _inherited() -> dict[str, str]:
 def _end(link: socket.socket, process: subprocess.Popen[bytes], owner: int) -> None:
     """Let the server end by itself, kill it if it does not. In a fork of the owner it is not ours to end."""
     if os.getpid() != owner:
-        link.close()
+        with contextlib.suppress(OSError):  # a fork that becomes another program has closed all that it has
+            link.close()
         return
     with contextlib.suppress(OSError):
         link.shutdown(socket.SHUT_RDWR)  # also of the copy that a fork has

@@ -12,6 +12,7 @@ where the core is a thread of his process.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import socket
 import threading
@@ -82,10 +83,8 @@ class TorchGroup:
 
     @property
     def problem(self) -> HeadraceError | None:
-        """What made the group unusable, if something has. Its thread ends its own waits by their deadline, but not
-        that for a store whose keeper stands still: torch asks it without one."""
-        if self._problem is None and self._doing and time.monotonic() >= self._until + _GRACE_S:
-            self._end(self._failure(self._doing, TimeoutError("the trainer does not answer")))
+        """What made the group unusable, if something has."""
+        self._stop_waiting(_GRACE_S)
         return self._problem
 
     def receive(
@@ -99,7 +98,9 @@ class TorchGroup:
         return arrivals
 
     def refusal(self) -> UpdateConflictError | None:
-        """Why the group cannot be used any more, as when its rank 0 has ended; None while it can."""
+        """Why the group cannot be used any more, as when its rank 0 has ended; None while it can. What its thread waits
+        for past a deadline does not come: who asks is not to wait behind it until it says so itself."""
+        self._stop_waiting(0.0)
         if self.problem is None and self.is_joined and self._is_cut():
             self.fail("its rank 0 has ended")
         if self.problem is None:
@@ -124,6 +125,13 @@ class TorchGroup:
             return False
         except OSError:
             return True
+
+    def _stop_waiting(self, grace_s: float) -> None:
+        """Give up what the thread waits for so long after its deadline. It ends its own waits, but not that for a store
+        whose keeper stands still: torch asks it without one."""
+        doing = self._doing
+        if self._problem is None and doing and time.monotonic() >= self._until + grace_s:
+            self._end(self._failure(doing, TimeoutError("the trainer does not answer")))
 
     def _end(self, problem: HeadraceError) -> None:
         self._problem = self._problem or problem
@@ -166,7 +174,7 @@ class TorchGroup:
         if terms.unique_id:
             return self._join_nccl(lambda: terms.unique_id)
         self._await_listener()
-        left = timedelta(seconds=max(0.1, self._until - time.monotonic()))
+        left = _timer(max(0.1, self._until - time.monotonic()))
         store = TCPStore(terms.address, terms.port, terms.world_size, False, left)
         if terms.backend == "nccl":
             part = store if terms.rendezvous == "vllm" else store_of(store, terms)
@@ -176,7 +184,7 @@ class TorchGroup:
         options.rootRank = options.rootTensor = 0
 
         def broadcast(into: torch.Tensor, seconds: float) -> None:
-            options.timeout = timedelta(seconds=max(0.001, seconds))
+            options.timeout = _timer(max(0.001, seconds))
             group.broadcast([into], options).wait()  # type: ignore[attr-defined]
 
         self._memory.is_guarded = not _passes_on(terms.rank, terms.world_size)
@@ -218,6 +226,12 @@ class TorchGroup:
                     raise OSError(f"nobody listens at {place[0]} port {place[1]}: {error}") from None
                 self._is_closed.wait(_LOOK_S)
         raise OSError("the group was left")
+
+
+def _timer(seconds: float) -> timedelta:
+    """For torch, which drops what is no whole millisecond: its timer is not to be over before the deadline, or what was
+    late would be said to have failed."""
+    return timedelta(milliseconds=math.ceil(seconds * 1e3))
 
 
 def store_of(store: Any, terms: JoinGroup) -> Any:

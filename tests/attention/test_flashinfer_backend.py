@@ -31,6 +31,7 @@ from headrace.kernels.rope_tables import RotaryTables, rope_tables
 from headrace.kernels.triton.work_cuts import FEW_PROGRAMS
 from headrace.types.errors import ConfigError
 from tests.kernels.oracles import ScaledShape
+from tests.rounds import rounds
 
 SHAPES = {
     "groups of 4": AttentionShape(8, 2, 64),
@@ -207,7 +208,7 @@ class Case:
 @pytest.mark.parametrize("heads", SHAPES)
 def test_random_steps_equal_the_oracle(heads: str, page_size: int) -> None:
     case = Case(SHAPES[heads], page_size, has_norms=page_size == 16)
-    for _ in range(3):
+    for _ in range(rounds(2)):
         case.check(case.random_rows())
 
 

@@ -24,7 +24,7 @@ from headrace.parallel.rendezvous import kept_store
 from headrace.server import ServerOptions
 from tests.arch.source import ROOT, child_environment
 from tests.engine.group_trainer import TrainerProcess
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.processes import children_of
 
 POLICY = ROOT / "headrace" / "rl" / "policy"

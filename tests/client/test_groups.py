@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from headrace import Client, Engine, TensorInfo, UpdateConflictError, WeightUpdateError
 from tests.client.conftest import CONNECT
 from tests.engine.group_trainer import TrainerProcess
+from tests.free_ports import free_port
 
 GROUP = "trainer"
 
@@ -23,9 +23,7 @@ GROUP = "trainer"
 def joined(client: Client) -> Iterator[tuple[TrainerProcess, ThreadPoolExecutor]]:
     """A trainer whose group the client's engine is in, and a thread for calls beside what the trainer does."""
     with contextlib.closing(TrainerProcess()) as trainer, ThreadPoolExecutor(1) as pool:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         joining = pool.submit(client.init_weights_update_group, "127.0.0.1", port, 1, 2, GROUP, "gloo", timeout=60)
         trainer.ask(do="init", port=port, name=GROUP)
         joining.result(60)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from headrace import CheckpointError, Client, ConfigError, HeadraceError, RequestError, Runtime, UnreachableError
+from headrace.client.runtime import _end
 from tests.arch.source import ROOT, child_environment
 from tests.client.conftest import CONFIG, left_in_shared_memory
 from tests.processes import children_of, runs
@@ -128,6 +130,16 @@ def test_it_ends_with_its_owner(model_folder: Path, end: str) -> None:
             wait_gone(pids)
         finally:
             os.killpg(owner.pid, signal.SIGKILL)
+
+
+def test_a_fork_that_has_closed_what_it_had_ends_without_a_word() -> None:
+    """As one that becomes another program: the server is not its own, and neither is the number that the link had."""
+    ours, theirs = socket.socketpair()
+    with theirs, subprocess.Popen(["sleep", "60"]) as process:
+        os.close(ours.fileno())
+        _end(ours, process, os.getpid() + 1)
+        assert process.poll() is None
+        process.kill()
 
 
 @pytest.mark.parametrize("seconds", [0.5, 2.0, 3.5])

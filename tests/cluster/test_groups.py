@@ -25,9 +25,9 @@ from tests.arch.source import ROOT, child_environment
 from tests.cluster.test_weights import RouterThread
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_restart import pid_of
+from tests.free_ports import free_port
 from tests.server.builders import SETTINGS, save_random_model
 from tests.server.test_carried import frames_of
-from tests.server.vllm_client import free_port
 
 GROUP = "slime-pp_0"
 ASKED = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}

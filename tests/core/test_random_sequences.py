@@ -40,8 +40,9 @@ from headrace.types.plan import StepPlan, StepResult
 from headrace.types.weights import BufferEntry, BufferRef
 from headrace.weights.store import WeightStore
 from tests.core.harness import VOCAB_SIZE, Core, bucket_of, manifest_of, new_tensors, request, tiny_store
+from tests.rounds import rounds
 
-NUM_SEQUENCES = 60
+NUM_SEQUENCES = rounds(40)
 NUM_EVENTS = 60
 POLICIES = ["keep", "recompute", "abort", "drain"]
 

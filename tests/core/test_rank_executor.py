@@ -201,7 +201,7 @@ def test_random_events_over_two_ranks_give_what_they_give_alone(
 ) -> None:
     """Sums are rounded otherwise, so a draw may tip, in one of many thousand; whatever comes before that is close."""
     num_requests, num_equal, num_tokens, num_updates = 0, 0, 0, 0
-    for seed in range(3):
+    for seed in range(2):
         first, second = Driver(alone, seed, layout), Driver(ranks, seed, layout)
         for driver in (first, second):
             driver.play(50)
@@ -218,7 +218,7 @@ def test_random_events_over_two_ranks_give_what_they_give_alone(
                 assert first.core.spans(handle) == second.core.spans(handle)
                 found_logprobs, expected_logprobs = second.core.logprobs(handle), first.core.logprobs(handle)
                 np.testing.assert_allclose(found_logprobs, expected_logprobs, atol=1e-4, rtol=0)
-    assert num_tokens > 100 and num_updates > 6 and num_equal >= 0.98 * num_requests
+    assert num_tokens > 100 and num_updates > 4 and num_equal >= 0.98 * num_requests
 
 
 @pytest.mark.parametrize("mode", ["shadow", "inplace"])

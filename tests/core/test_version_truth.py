@@ -22,8 +22,9 @@ from headrace.types.sampling_params import LogprobOptions
 from headrace.types.weights import UpdateReport
 from tests.core.harness import VOCAB_SIZE, Core, new_tensors, request, tiny_config
 from tests.core.remembering_executor import PAGE_SIZE, RememberingExecutor, Scorer
+from tests.rounds import rounds
 
-NUM_SEQUENCES = 200
+NUM_SEQUENCES = rounds(120)
 NUM_EVENTS = 24
 POLICIES = ("keep", "keep", "keep", "recompute", "drain", "abort")
 TENSORS = new_tensors(1.0)

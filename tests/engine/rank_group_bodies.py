@@ -60,7 +60,7 @@ def used_group(is_over: threading.Event) -> threading.Thread:
             assert found[0] == distributed.get_world_size()
             if found[1] == distributed.get_world_size():
                 return
-            time.sleep(0.002)  # it is there all the time, and leaves the engine the processor
+            time.sleep(0.01)  # it is there all the time, and leaves the engine the processor
 
     thread = threading.Thread(target=use)
     thread.start()

@@ -65,9 +65,10 @@ from headrace.types.plan import StepResult
 from headrace.types.request import Delta, Request, pack_ids
 from headrace.types.weights import TensorInfo, UpdateMode, UpdateReport
 from headrace.weights.memory import ResolvedMode, Ticket
+from tests.rounds import rounds
 
 NUM_WORLDS = 20
-NUM_SEQUENCES = 100
+NUM_SEQUENCES = rounds(60)
 MAX_LIMIT = 8.0
 LONGEST_TURN = 16.0
 VOCAB_SIZE = 101

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from headrace.engine.runtime import EngineLoop, _Errand, _look_out
 from headrace.types.errors import InternalError
 from tests.engine.builders import SETTINGS, model_of, named_tensors
 from tests.engine.lines import BeforeLine
+from tests.free_ports import free_port
 
 LONG = {"max_new_tokens": 900, "ignore_eos": True}
 TENSORS = named_tensors(model_of(1))
@@ -80,9 +80,7 @@ def test_a_result_that_came_before_the_interrupt_is_undone(
     engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coroutine is over, and its caller has not seen that yet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def interrupted(_: object) -> None:
         monkeypatch.undo()

@@ -24,7 +24,8 @@ from tests.engine.test_rank_faults import generate_in_thread, has_other_core
 from tests.engine.test_ranks import DRAWN, GREEDY, NAMES, check_equal, outputs
 from tests.engine.test_restart import is_gone, pid_of, wait_for
 from tests.engine.test_weight_groups import NAMES as ALL_NAMES
-from tests.engine.test_weight_groups import free_port, manifest_of
+from tests.engine.test_weight_groups import manifest_of
+from tests.free_ports import free_port
 from tests.warm import cold_starts
 
 NOTICED_SECONDS = 5.0

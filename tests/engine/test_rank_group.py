@@ -27,9 +27,9 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("num_ranks", "far", "groups", "settings"),
     [
-        (2, False, ["mesh", "group", "world"], {}),
-        (2, True, ["mesh", "world"], {}),
-        (4, False, ["group", "mesh"], {"pp_size": 2}),
+        (2, False, ["mesh", "group"], {}),
+        (2, True, ["group", "mesh"], {}),
+        (4, False, ["world"], {"pp_size": 2}),
     ],
     ids=["two", "two machines", "two stages"],
 )

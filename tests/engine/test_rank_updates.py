@@ -16,7 +16,8 @@ from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model,
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_ranks import rank_pids
 from tests.engine.test_restart import pid_of
-from tests.engine.test_weight_groups import NAMES, free_port, manifest_of
+from tests.engine.test_weight_groups import NAMES, manifest_of
+from tests.free_ports import free_port
 
 NEW = named_tensors(model_of(1))
 NUM_UPDATES = int(os.environ.get("HEADRACE_UPDATES", "100"))

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from tests.arch.source import ROOT
 from tests.engine.builders import SETTINGS, model_of, named_tensors, save_model, shared_memory
 from tests.engine.group_trainer import TrainerProcess
 from tests.engine.test_updates import GREEDY, Load
+from tests.free_ports import free_port
 
 BUCKET = "flattened_bucket"
 Starter = Callable[..., Engine]
@@ -72,12 +72,6 @@ def trainer(trainers: list[TrainerProcess]) -> TrainerProcess:
     if not trainers or trainers[-1].is_spent:
         trainers.append(TrainerProcess())
     return trainers[-1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def join(engine: Engine, trainer: TrainerProcess, name: str = "g", port: int | None = None) -> int:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ import msgspec
 import numpy as np
 
 from headrace import Client, HeadraceError, TensorInfo
+from tests.free_ports import free_port
 
 CHUNKS = 3
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -143,8 +143,7 @@ def by_group(update: Update) -> Iterator[str]:
     client, order = update.client, update.order
     group: Any = None
     yield "connect"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     size = 1 + order.ranks
     join = _Call(client.init_weights_update_group, "127.0.0.1", port, 1, size, "faults", "gloo", order.timeout)
     try:

@@ -15,7 +15,7 @@ import torch
 from headrace import HeadraceError
 from headrace.types.errors import DeviceLostError
 from tests.engine.nodes import FIRST, SECRET, Node, node
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.gpu.builders import Checkpoint, Checkpoints, Starter, check_greedy, greedy, random_ids
 
 pytestmark = [

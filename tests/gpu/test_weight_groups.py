@@ -11,7 +11,7 @@ import torch
 
 from headrace import DeadlineError, Engine, UpdateConflictError, WeightUpdateError
 from tests.engine.group_trainer import TrainerProcess
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.gpu.builders import Checkpoint, Checkpoints, Starter
 from tests.gpu.test_engine_features import outputs
 
@@ -88,7 +88,7 @@ def test_a_trainer_that_is_lost_is_named(
     assert how != "killed" or "'g'" in error.message and error.field == "group_name", error
     engine.abort_update()
     session = engine.begin_update("next", manifest)
-    with pytest.raises((UpdateConflictError, DeadlineError), match="'g'"):  # as soon as its thread has given up
+    with pytest.raises(UpdateConflictError, match="'g'"):
         engine.stage_from_group(session, names, "g")
     engine.abort_update(session)
     engine.update_weights_from_tensor(tensors, "old")

@@ -71,7 +71,7 @@ def test_against_the_oracle(name: str, dtype: torch.dtype, num_tokens: int) -> N
         assert error < TOLERANCES[dtype], f"{label}: {error}"
 
 
-@pytest.mark.parametrize("width", [40, 176, 1000, 2560])
+@pytest.mark.parametrize("width", [40, 1000, 2560])
 def test_invariant_rows_have_the_same_bits_in_any_batch(width: int, num_threads: int) -> None:
     kernels = select_kernels("invariant")
     x = random(33, width, seed=6)

@@ -194,7 +194,7 @@ def step_of(
 @pytest.mark.parametrize("fixed", [None, 64, 256])
 def test_bounds_hold_every_step_of_their_size(fixed: int | None) -> None:
     rng = np.random.default_rng(5)
-    for turn in range(300):
+    for turn in range(150):
         limits = WorkLimits(600, 2000, int(rng.choice([64, 3000])))
         group_size, page, longest = (int(rng.choice(sizes)) for sizes in ((1, 2, 7, 16), (1, 16, 64), (64, 900, 40000)))
         walkers, kv = int(rng.choice([0, 132])), int(rng.choice([1, 8]))

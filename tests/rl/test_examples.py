@@ -15,7 +15,7 @@ from torch import distributed
 from headrace import Engine, serve
 from headrace.rl.demo import POLICY
 from tests.arch.source import ROOT
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.rl.trainer_ranks import run_ranks
 
 

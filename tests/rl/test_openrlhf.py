@@ -15,7 +15,8 @@ from headrace.rl.demo import POLICY
 from headrace.rl.openrlhf import OpenRLHFWorker
 from headrace.types.errors import ConfigError, RequestError, WeightUpdateError
 from tests.arch.source import ROOT
-from tests.server.vllm_client import free_port, stateless_group
+from tests.free_ports import free_port
+from tests.server.vllm_client import stateless_group
 
 TEXT = (ROOT / "docs" / "openrlhf.md").read_text(encoding="utf-8")
 

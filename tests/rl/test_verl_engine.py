@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 
 from headrace.rl.demo import checkpoint_digests
 from headrace.rl.verl_engine import _settings
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.rl import verl_bodies as bodies
 from tests.rl.trainer_ranks import run_ranks, start_ranks
 from tests.server.builders import save_random_model

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch import distributed
 
 from tests import warm
+from tests.free_ports import free_port
 
 SECONDS = 120.0
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe")
@@ -64,8 +64,7 @@ class StartedRanks:
 def start_ranks(num_ranks: int, body: Body, *args: Any, backend: str = "gloo") -> StartedRanks:
     """As `run_ranks`, without waiting. `body` is a function of a module, by its name. Processes that it starts are warm
     where this process's are."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     context: Any = multiprocessing.get_context("spawn" if "nccl" in backend else "forkserver")  # CUDA minds forks
     context.set_forkserver_preload(PRELOADED)
     processes, answers = [], []

@@ -154,9 +154,9 @@ TEMPERATURES = [
 @pytest.mark.parametrize(("name", "temperature"), TEMPERATURES)
 def test_no_parameter_makes_a_finite_row_one_that_is_not(name: str, temperature: float) -> None:
     """The request would end as if the weights were at fault."""
-    logits = normal(1, 3).repeat(3, axis=0) * 10
+    logits = normal(1, 3, 97).repeat(3, axis=0) * 10
     best = tuple(np.argsort(-logits[0])[:40].tolist())
-    pair = Pair(VOCAB, 3, 3)
+    pair = Pair(97, 3, 3)
     for value in EXTREMES[name]:
         sampling = TokenSampling(temperature, **{name: value})
         for slot, mode in enumerate(MODES):

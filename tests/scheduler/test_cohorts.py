@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from headrace.types.plan import StepPlan
+from tests.rounds import rounds
 from tests.scheduler.builders import answer, make, request
 
 
@@ -68,7 +69,7 @@ def test_each_step_has_an_equal_part_and_each_sequence_its_turn(num_cohorts: int
 @pytest.mark.parametrize("num_cohorts", [2, 4])
 def test_whoever_comes_or_goes_nobody_is_passed_over(num_cohorts: int) -> None:
     """Random lengths and arrivals: between two rows of one sequence there are few steps, and all come to an end."""
-    for seed in range(40):
+    for seed in range(rounds(24)):
         chance, pipeline, number = random.Random(seed), Pipeline(num_cohorts), 0
         last: dict[int, int] = {}
         for turn in range(80):

@@ -11,6 +11,7 @@ import pytest
 from headrace.types.plan import PromptLogprobs, StepResult
 from headrace.types.request import unpack_floats
 from headrace.types.sampling_params import LogprobOptions
+from tests.rounds import rounds
 from tests.scheduler.builders import answer, finish_all, make, planned, request, step, tokens
 from tests.scheduler.harness import Harness, random_limits
 from tests.scheduler.test_properties import play_event, random_request
@@ -78,7 +79,7 @@ def test_what_lies_beyond_the_valid_tokens_of_a_row_is_not_looked_at() -> None:
 def test_random_sequences_keep_their_books(depth: int) -> None:
     """Some rows of some steps are no numbers, whatever else happens at the same time."""
     num_ended = 0
-    for seed in range(30):
+    for seed in range(rounds(20)):
         random_ = random.Random(1000 * depth + seed)
         harness = Harness(random_limits(random_, depth))
         collect = harness.device.collect

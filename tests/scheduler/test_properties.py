@@ -11,10 +11,10 @@ import pytest
 
 from headrace.types.request import Request, pack_ids, unpack_ids
 from headrace.types.sampling_params import LogprobOptions
+from tests.rounds import rounds
 from tests.scheduler.harness import ERROR, Harness, random_limits
 
-NUM_CHUNKS = 2
-NUM_SEQUENCES = 200
+NUM_SEQUENCES = rounds(240)
 EVENTS = (
     ("issue", 34),
     ("land", 26),
@@ -164,10 +164,9 @@ def num_events(seed: int) -> int:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("chunk", range(NUM_CHUNKS))
-def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
+def test_random_events_keep_every_promise(depth: int) -> None:
     total: Counter[str] = Counter()
-    for seed in range(chunk * NUM_SEQUENCES, (chunk + 1) * NUM_SEQUENCES):
+    for seed in range(NUM_SEQUENCES):
         harness = play(seed * 4 + depth, depth, num_events(seed))
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
         total["num_grouped_rows"] += harness.device.num_grouped_rows
@@ -189,20 +188,20 @@ def test_random_events_keep_every_promise(depth: int, chunk: int) -> None:
 @pytest.mark.parametrize("num_tokens", [(1, 2), (1, 4), (0, 1), (0, 4)])
 def test_steps_may_bring_any_number_of_tokens_a_row_at_any_depth(depth: int, num_tokens: tuple[int, int]) -> None:
     total: Counter[str] = Counter()
-    for seed in range(36):
+    for seed in range(rounds(24)):
         harness = play(10_000 + seed * 4 + depth, depth, num_events(seed), num_tokens)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
-    assert total["num_generated_tokens"] > 216 and total["num_preemptions"] > 0
+    assert total["num_generated_tokens"] > 144 and total["num_preemptions"] > 0
     assert total["num_invariant_breaches"] == 0
 
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_prefixes_of_equal_ids_and_other_units_are_never_shared(depth: int) -> None:
     total: Counter[str] = Counter()
-    for seed in range(90):
+    for seed in range(rounds(60)):
         harness = play(20_000 + seed * 4 + depth, depth, num_events(seed), has_pictures=True)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})
-    assert total["num_cached_tokens"] > 50 and total["num_resumed_tokens"] > 0 and total["num_preemptions"] > 0
+    assert total["num_cached_tokens"] > 33 and total["num_resumed_tokens"] > 0 and total["num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -220,7 +219,7 @@ def test_the_same_events_give_the_same_plans(depth: int) -> None:
 def test_with_cohorts_no_step_has_a_token_that_is_not_known(num_cohorts: int, num_tokens: tuple[int, int]) -> None:
     """`Harness.issue` holds plans against that."""
     total: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in range(rounds(40)):
         depth = num_cohorts - 1
         harness = play(30_000 + seed, depth, num_events(seed), num_tokens, num_cohorts=num_cohorts)
         total.update({name: int(value) for name, value in harness.scheduler.metrics().items()})

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from headrace import Engine
 from tests.arch.source import ROOT
 from tests.engine.nodes import FIRST, SECRET, node
-from tests.engine.test_weight_groups import free_port
+from tests.free_ports import free_port
 from tests.server.bucket_client import bodies
 from tests.server.builders import SETTINGS, save_random_model
 from tests.server.conftest import START, Served

@@ -29,6 +29,7 @@ from headrace.types.http import (
     TensorPiece,
 )
 from headrace.types.weights import TensorInfo
+from tests.free_ports import free_port
 from tests.server.builders import SETTINGS
 from tests.server.conftest import START, Served
 
@@ -212,9 +213,7 @@ def test_a_server_that_cannot_be_made_takes_no_address(served: Served, monkeypat
     def fails(*_: object) -> None:
         raise ConfigError("no such template", field="chat_template")
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setattr("headrace.server.run.create_app", fails)
     with pytest.raises(ConfigError, match="no such template") as caught:
         serve(served.engine, port)

@@ -17,6 +17,7 @@ from tests.server.builders import save_random_model
 from tests.server.conftest import START, Served
 
 IDS = [1 + (7 * position) % 200 for position in range(700)]
+NUM_TOKENS = 150
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +110,19 @@ def events(lines: Iterator[str]) -> Iterator[Any]:
 
 
 def update_beside(served: Served) -> None:
-    """Other weights under the same label, by a client of its own; running requests keep their KV."""
+    """Other weights under the same label, by a client of its own; running requests keep their KV. They stand still
+    meanwhile, so that none is over before."""
     values = {"model_path": str(Path(served.engine.config.model) / "newer"), "in_flight": "keep"}
-    httpx.post(served.url + "/update_weights_from_disk", json=values, timeout=60).raise_for_status()
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        client.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+        client.post("/update_weights_from_disk", json=values).raise_for_status()
+        client.post("/continue_generation", json={}).raise_for_status()
 
 
 @pytest.mark.parametrize("is_incremental", [False, True])
 def test_a_label_given_again_by_default_begins_a_span(start: START, folder: Path, is_incremental: bool) -> None:
     served = start(folder, incremental_streaming_output=is_incremental)
-    params = {"max_new_tokens": 500, "ignore_eos": True}
+    params = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     body = {"input_ids": [1], "sampling_params": params, "stream": True}
     with served.http.stream("POST", "/generate", json=body) as reply:
         lines = events(reply.iter_lines())
@@ -127,22 +132,22 @@ def test_a_label_given_again_by_default_begins_a_span(start: START, folder: Path
     metas = [piece["meta_info"] for piece in pieces]
     assert {meta["weight_versions"] for meta in metas[:-1]} <= {None}
     first, second = metas[-1]["weight_versions"]  # of the whole, however it was streamed
-    assert first == {"version": "default", "start": 0, "end": second["start"]} and second["end"] == 500
+    assert first == {"version": "default", "start": 0, "end": second["start"]} and second["end"] == NUM_TOKENS
     if not is_incremental:
         spans, epochs = metas[-1]["version_spans"], metas[-1]["version_epochs"]
         assert [version for version, _ in spans] == ["default", "default"]
-        assert sum(count for _, count in spans) == 500 and epochs == [0, 1]
+        assert sum(count for _, count in spans) == NUM_TOKENS and epochs == [0, 1]
         return
     for piece, meta in zip(pieces, metas, strict=True):  # of what is new in this event, as its ids
         assert sum(count for _, count in meta["version_spans"]) == len(piece["output_ids"])
         assert len(meta["version_spans"]) == len(meta["version_epochs"]) and meta["weight_version"] == "default"
     epochs = [epoch for meta in metas for epoch in meta["version_epochs"]]
     assert epochs == sorted(epochs) and set(epochs) == {0, 1}
-    assert metas[-1]["completion_tokens"] == 500
+    assert metas[-1]["completion_tokens"] == NUM_TOKENS
 
 
 def test_chunks_of_an_openai_stream_say_the_epoch_of_their_spans(changing: Served) -> None:
-    body = {"prompt": [1], "max_tokens": 500, "ignore_eos": True, "stream": True, "return_meta_info": True}
+    body = {"prompt": [1], "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True, "return_meta_info": True}
     epochs: list[int] = []
     with changing.http.stream("POST", "/v1/completions", json=body) as reply:
         for number, chunk in enumerate(events(reply.iter_lines())):
@@ -151,4 +156,4 @@ def test_chunks_of_an_openai_stream_say_the_epoch_of_their_spans(changing: Serve
                 epochs += [epoch] * count
             if number == 0:
                 update_beside(changing)
-    assert len(epochs) == 500 and sorted(set(epochs)) == [0, 1] and epochs == sorted(epochs)
+    assert len(epochs) == NUM_TOKENS and sorted(set(epochs)) == [0, 1] and epochs == sorted(epochs)

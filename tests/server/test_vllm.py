@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -116,7 +115,8 @@ class Broadcaster:
     """A trainer in this process, whose steps a test decides."""
 
     def __init__(self, served: Served, folder: Path, **info: Any) -> None:
-        from tests.server.vllm_client import free_port, stateless_group
+        from tests.free_ports import free_port
+        from tests.server.vllm_client import stateless_group
 
         self.served = served
         self.tensors = load_file(folder / "model.safetensors")
@@ -382,12 +382,9 @@ def publish_id(message: bytes) -> tuple[Any, int]:
 
     from torch._C._distributed_c10d import TCPStore
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    store = TCPStore("127.0.0.1", port, 2, True, timedelta(seconds=30), wait_for_workers=False, use_libuv=False)
+    store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=30), wait_for_workers=False, use_libuv=False)
     store.set("broadcast_from/0/0", message)  # type: ignore[arg-type]
-    return store, port
+    return store, store.port
 
 
 @pytest.mark.parametrize(("is_an_id", "field"), [(True, "init_info.backend"), (False, "init_info.master_address")])

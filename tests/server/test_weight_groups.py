@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 
 from headrace import Engine
 from tests.engine.group_trainer import TrainerProcess
+from tests.free_ports import free_port
 from tests.server.builders import SETTINGS, save_random_model
 from tests.server.conftest import START, Served
 
@@ -46,9 +46,7 @@ class Slime:
         return self.pool.submit(self.served.http.post, path, json=body)
 
     def init(self, **more: Any) -> httpx.Response:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         body = {
             "master_address": "127.0.0.1",
             "master_port": str(port),

@@ -21,14 +21,9 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
+from tests.free_ports import free_port
+
 DEFAULT_PACKED_BYTES = 1 << 30
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def stateless_group(port: int, world_size: int) -> Any:

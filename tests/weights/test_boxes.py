@@ -15,6 +15,7 @@ from headrace.weights.boxes import boxes_of_range, find_overlap
 from headrace.weights.staging import TORCH_DTYPES
 from headrace.weights.store import WeightStore
 from headrace.weights.weight_map import prove_mesh
+from tests.rounds import rounds
 from tests.weights.tiny import as_bytes, manifest_of
 
 
@@ -133,7 +134,7 @@ def test_random_maps_are_proved_and_any_change_to_one_is_refused() -> None:
 def test_what_goes_in_through_random_boxes_is_read_back(mode: str) -> None:
     """Loads, updates (whole, and in pieces of any length) and reading, in the dtype of each parameter."""
     chance = random.Random(4)
-    for number in range(120):
+    for number in range(rounds(70)):
         params, rules = random_map(chance)
         weight_map = WeightMap(params, rules)
         store = WeightStore(weight_map, torch.float16, torch.device("cpu"), memory=lambda: 1 << 40)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, cast
 
 import pytest
@@ -20,8 +20,9 @@ from headrace.types.weights import SEPARATE, TOGETHER, TensorInfo
 from headrace.weights import arrival_memory
 from headrace.weights import group as group_module
 from headrace.weights.arrival_memory import ArrivalBuffer, ArrivalMemory
-from headrace.weights.group import Broadcast, GroupArrivals, TorchGroup, _passes_on
+from headrace.weights.group import Broadcast, GroupArrivals, TorchGroup, _passes_on, _timer
 from tests.engine.group_trainer import TrainerProcess
+from tests.free_ports import free_port
 
 CPU = torch.device("cpu")
 
@@ -31,12 +32,6 @@ def trainer() -> Iterator[TrainerProcess]:
     process = TrainerProcess()
     yield process
     process.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -233,6 +228,35 @@ def test_a_thread_that_stands_still_is_over_by_its_deadline(monkeypatch: pytest.
     finally:
         StandsStill.answers.set()
     wait_for(lambda: "weight group g" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_a_deadline_that_has_passed_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes next is told so at once, although the thread has not said yet that it gives up."""
+    monkeypatch.setattr(group_module, "_GRACE_S", 60.0)
+    StandsStill.answers.clear()
+    group = StandsStill(JoinGroup(0, "g", "127.0.0.1", 1, 1, 2, "gloo"), CPU, 0.1)
+    wait_for(lambda: group.is_joined)
+    try:
+        arrivals = group.receive(infos(4), SEPARATE, 0.2)
+        assert group.refusal() is None
+        wait_for(lambda: time.monotonic() >= arrivals.until and bool(group._doing))
+        assert arrivals.take(1) == [], "whoever waits for it learns from the thread what became of it"
+        refusal = group.refusal()
+        assert refusal is not None and "not over by its deadline" in refusal.message
+        with pytest.raises(DeadlineError, match="does not answer"):
+            arrivals.take(1)
+    finally:
+        StandsStill.answers.set()
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.0019, 1.4999])
+def test_torch_waits_no_shorter_than_a_call_has_time(seconds: float) -> None:
+    """It counts whole milliseconds."""
+    from torch._C._distributed_c10d import BroadcastOptions
+
+    options = BroadcastOptions()
+    options.timeout = _timer(seconds)
+    assert timedelta(seconds=seconds) <= options.timeout <= timedelta(seconds=seconds + 0.001)
 
 
 def test_a_core_without_a_group_does_not_load_what_groups_need() -> None:

@@ -12,6 +12,7 @@ from headrace.types.weights import TensorInfo, UpdateMode
 from headrace.weights.open_plan import OpenPlan
 from headrace.weights.shadow import SHADOW_HEADROOM_BYTES
 from headrace.weights.weight_map import ParamSpec, WeightMap, whole_rows
+from tests.rounds import rounds
 from tests.weights import test_experts
 from tests.weights.tiny import (
     DrivenStore,
@@ -67,7 +68,7 @@ def test_random_buckets_end_as_a_cold_load_or_in_the_old_weights(kind: str, mode
     weight_map, ways = worlds_of(kind, 0)
     store = make_store(weight_map, ways[0])
     live, ends = store.digest(), {"committed": 0, "aborted": 0}
-    for number in range(1, 48):
+    for number in range(1, rounds(40)):
         ways = worlds_of(kind, number)[1]
         tensors = chance.choice(ways)
         new = make_store(weight_map, ways[0]).digest()
@@ -96,7 +97,7 @@ def test_random_buckets_end_as_a_cold_load_or_in_the_old_weights(kind: str, mode
                 store.commit()
                 live = new
         assert store.state == "ready" and store.digest() == live, number
-    assert min(ends.values()) > 5
+    assert min(ends.values()) >= 5
 
 
 def weight_map_is_full(weight_map: WeightMap, seen: list[str], names: list[str]) -> bool:
@@ -128,7 +129,7 @@ def play_mistakes(store: DrivenStore, tensors: Tensors, seen: list[str], chance:
 @pytest.mark.parametrize("kind", ["plain", "tied", "experts"])
 def test_what_is_missing_is_counted_part_by_part_as_for_the_whole(kind: str) -> None:
     weight_map, ways = worlds_of(kind, 1)
-    for number in range(200):
+    for number in range(rounds(100)):
         chance = random.Random(number)
         plan, seen = OpenPlan(weight_map, False), list[str]()
         assert plan.num_missing == len(weight_map.missing(set())) > 0

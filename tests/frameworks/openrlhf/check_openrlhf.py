@@ -17,7 +17,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from headrace import Engine
 from tests.arch.source import ROOT
 from tests.engine.builders import SETTINGS, byte_tokenizer, model_of, named_tensors, save_model
-from tests.server.vllm_client import free_port, stateless_group
+from tests.free_ports import free_port
+from tests.server.vllm_client import stateless_group
 
 pytestmark = pytest.mark.timeout(600)
 SHADOW = Path(__file__).with_name("shadow")

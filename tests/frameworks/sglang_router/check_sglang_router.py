@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from headrace import Runtime
+from tests.free_ports import free_port
 from tests.server.builders import SETTINGS, save_random_model
-from tests.server.vllm_client import free_port
 
 pytestmark = pytest.mark.timeout(600)
 WAIT_SECONDS = 120.0

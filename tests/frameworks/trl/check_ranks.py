@@ -13,7 +13,7 @@ import pytest
 
 from tests.arch.source import ROOT
 from tests.frameworks.trl.training import CLOSE_LOGPROB
-from tests.server.vllm_client import free_port
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.timeout(600)
 

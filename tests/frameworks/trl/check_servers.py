@@ -22,7 +22,7 @@ import pytest
 from headrace import Client
 from tests.arch.source import ROOT
 from tests.frameworks.trl.training import CLOSE, CLOSE_LOGPROB, POLICY
-from tests.server.vllm_client import free_port
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.timeout(900)
 STAND_IN = Path(__file__).parent / "stand_in"

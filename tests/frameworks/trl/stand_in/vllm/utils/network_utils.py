@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+from tests.free_ports import free_port
 
 
 def get_ip() -> str:
@@ -10,7 +10,4 @@ def get_ip() -> str:
 
 
 def get_open_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_port()
