@@ -36,17 +36,21 @@ def serve_core(
     executor: ExecutorKind = "local",
     *,
     pulse: Pulse | None = None,
+    on_begin: Callable[[], object] | None = None,
     on_built: Callable[[], object] | None = None,
     shares_process: bool = False,
 ) -> int:
     """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
 
-    `pulse` beats from here to the end; None: nobody feels it. `on_built` is called once before the announcement.
+    `pulse` beats from here to the end; None: nobody feels it. `on_begin` is called first, and what it raises is a
+    failure to start; `on_built` is called once before the announcement.
     `shares_process`: others compute in this process too. Never
     raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
     """
     with pulse or Pulse() as pulse:
         try:
+            if on_begin is not None:
+                on_begin()
             loop = _build(resolved, link, executor, pulse, on_built, shares_process)
         except Exception as error:  # process entry point
             return _report_start_failure(link, error)

@@ -23,7 +23,7 @@ from headrace.attention.base import DeviceAttention
 from headrace.attention.groups import GroupedAttention
 from headrace.config import ModelSpec, ResolvedConfig, share_of, stages_of
 from headrace.config.resolve import Explanation
-from headrace.kernels.cache import CompileCounter
+from headrace.kernels.compile_counter import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
