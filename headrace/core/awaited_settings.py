@@ -7,6 +7,7 @@ the import loses little; and it imports nothing that imports torch, on which two
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 from collections.abc import Callable
 
@@ -44,8 +45,9 @@ def prepare(device: CudaDevice, kernel_cache: str | None) -> None:
     and asks its assembler for its version. Raises `ConfigError` for a bad folder."""
     open_context(device.index)
     use_kernel_cache(kernel_cache)  # before anything imports triton
-    compiler = importlib.import_module("triton.compiler.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget
-    importlib.import_module("triton.runtime.cache").triton_key()
-    major, minor = device.capability
-    compiler.make_backend(target("cuda", 10 * major + minor, 32)).hash()
+    with contextlib.suppress(ImportError, AttributeError):  # another Triton does it when the first kernel is looked for
+        compiler = importlib.import_module("triton.compiler.compiler")
+        target = importlib.import_module("triton.backends.compiler").GPUTarget
+        importlib.import_module("triton.runtime.cache").triton_key()
+        major, minor = device.capability
+        compiler.make_backend(target("cuda", 10 * major + minor, 32)).hash()
