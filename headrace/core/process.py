@@ -23,7 +23,7 @@ import msgspec
 
 from headrace.config import ResolvedConfig
 from headrace.core.awaited_settings import AwaitedSettings
-from headrace.core.imports import uncollected
+from headrace.core.imports import quick_imports
 from headrace.core.service import serve_core
 from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     awaited = AwaitedSettings(partial(_receive, link), prepares=options.imports)
     if options.imports:
         # Torch: it takes longer than anything else. What keeps it from being loaded is told by who needs it, again.
-        with uncollected(), contextlib.suppress(ImportError, OSError):
+        with quick_imports(), contextlib.suppress(ImportError, OSError):
             importlib.import_module("headrace.runner")
     try:
         resolved = awaited.wait()

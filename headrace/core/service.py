@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
-from headrace.core.imports import uncollected
+from headrace.core.imports import quick_imports
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
 from headrace.ipc.rank_meeting import Meeting
@@ -128,7 +128,7 @@ def build_executor(
         meeting = kind if isinstance(kind, Meeting) else None
         ranks = _build_ranks(resolved, meeting, on_progress, shares_process=shares_process)
         return ranks, ranks.resolved
-    with uncollected(shares_process=shares_process):
+    with quick_imports(shares_process=shares_process):
         from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
     executor = LocalExecutor(build_runner(resolved, on_progress, shares_process=shares_process))
@@ -153,7 +153,7 @@ def _build_ranks(
         if meeting is not None:
             meeting.close()
         raise
-    with uncollected(shares_process=shares_process):
+    with quick_imports(shares_process=shares_process):
         from headrace.core.rank_start import start_ranks
         from headrace.runner import build_runner
 
