@@ -22,7 +22,7 @@ from headrace import Engine, __version__
 from headrace.bench.models import SHAPES, write_config
 from headrace.cli.flags import add_flags, given
 from headrace.config import EngineConfig
-from headrace.kernels.cache import seal
+from headrace.config.kernel_cache import seal
 from headrace.types.errors import HeadraceError
 
 SET_HERE = ("model", "tokenizer", "skip_tokenizer_init", "device", "load_format", "kernel_cache")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from typing import Any
 
 from headrace.config.devices import DRIVER
@@ -24,6 +25,15 @@ def cuda_driver() -> Any:
 def capture_by_thread() -> None:
     """What this thread asks of the driver neither breaks nor is refused by a graph capture in another thread."""
     cuda_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+
+
+def open_context(index: int) -> None:
+    """Have the driver make what a process needs first of a device: half a second's work in which Python goes on. What
+    goes wrong is told to whoever uses the device."""
+    driver, device, context = cuda_driver(), ctypes.c_int(), ctypes.c_void_p()
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch would
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(index)) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def array_interface(address: int, num_bytes: int) -> dict[str, Any]:

@@ -6,8 +6,10 @@ Owns what is true of the process as a whole: its descriptors, its log, and that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
+import importlib
 import logging
 import os
 import select
@@ -15,10 +17,13 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 
 import msgspec
 
 from headrace.config import ResolvedConfig
+from headrace.core.awaited_settings import AwaitedSettings
+from headrace.core.imports import quick_imports
 from headrace.core.service import serve_core
 from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
@@ -41,13 +46,22 @@ def main(arguments: list[str]) -> int:
     link = SocketCoreLink(socket.socket(fileno=options.link))
     pulse = Pulse(PulsePage.map(options.pulse))
     os.close(options.pulse)
+    awaited = AwaitedSettings(partial(_receive, link), prepares=options.imports)
+    if options.imports:
+        # Torch: it takes longer than anything else. What keeps it from being loaded is told by who needs it, again.
+        with quick_imports(), contextlib.suppress(ImportError, OSError):
+            importlib.import_module("headrace.runner")
     try:
-        resolved = msgspec.msgpack.decode(link.receive_frame(CONFIG_TIMEOUT), type=ResolvedConfig)
+        resolved = awaited.wait()
     except (PeerClosed, *DECODE_ERRORS) as error:
         logger.error("no configuration: %s", error)
         return 2
     # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
-    return serve_core(resolved, link, options.executor, pulse=pulse, on_built=gc.freeze)
+    return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=awaited.wait_prepared, on_built=gc.freeze)
+
+
+def _receive(link: SocketCoreLink) -> ResolvedConfig:
+    return msgspec.msgpack.decode(link.receive_frame(CONFIG_TIMEOUT), type=ResolvedConfig)
 
 
 def watch_parent(lifeline: int, parent: int) -> None:
@@ -70,6 +84,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--pulse", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--executor", choices=("local", "free"), default="local")
+    parser.add_argument("--imports", action="store_true", help="load torch before the configuration comes")
     parser.add_argument("--log-level", type=int, default=logging.INFO)
     parser.add_argument("--log-json", action="store_true")
     return parser.parse_args(arguments)

@@ -21,7 +21,7 @@ import time
 
 import msgspec
 
-from headrace.core.imports import uncollected
+from headrace.core.imports import quick_imports
 from headrace.core.process import ORPHANED_EXIT_CODE, watch_parent
 from headrace.core.rank_messages import RankStart
 from headrace.ipc import PeerClosed
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(channel: RankChannel, page: RankPage, parent: int) -> int:
-    with uncollected():
+    with quick_imports():
         from headrace.core.rank_member import serve_rank  # torch: the slow import, while rank 0 loads it too
 
     start = start_of(channel)

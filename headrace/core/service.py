@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from headrace.config import ResolvedConfig
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
-from headrace.core.imports import uncollected
+from headrace.core.imports import quick_imports
 from headrace.core.loop import CoreLoop
 from headrace.ipc import CoreLink, PeerClosed, Pulse
 from headrace.ipc.rank_meeting import Meeting
@@ -36,17 +36,21 @@ def serve_core(
     executor: ExecutorKind = "local",
     *,
     pulse: Pulse | None = None,
+    on_begin: Callable[[], object] | None = None,
     on_built: Callable[[], object] | None = None,
     shares_process: bool = False,
 ) -> int:
     """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
 
-    `pulse` beats from here to the end; None: nobody feels it. `on_built` is called once before the announcement.
+    `pulse` beats from here to the end; None: nobody feels it. `on_begin` is called first, and what it raises is a
+    failure to start; `on_built` is called once before the announcement.
     `shares_process`: others compute in this process too. Never
     raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
     """
     with pulse or Pulse() as pulse:
         try:
+            if on_begin is not None:
+                on_begin()
             loop = _build(resolved, link, executor, pulse, on_built, shares_process)
         except Exception as error:  # process entry point
             return _report_start_failure(link, error)
@@ -124,7 +128,7 @@ def build_executor(
         meeting = kind if isinstance(kind, Meeting) else None
         ranks = _build_ranks(resolved, meeting, on_progress, shares_process=shares_process)
         return ranks, ranks.resolved
-    with uncollected(shares_process=shares_process):
+    with quick_imports(shares_process=shares_process):
         from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
     executor = LocalExecutor(build_runner(resolved, on_progress, shares_process=shares_process))
@@ -149,7 +153,7 @@ def _build_ranks(
         if meeting is not None:
             meeting.close()
         raise
-    with uncollected(shares_process=shares_process):
+    with quick_imports(shares_process=shares_process):
         from headrace.core.rank_start import start_ranks
         from headrace.runner import build_runner
 

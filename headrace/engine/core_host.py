@@ -17,7 +17,7 @@ import msgspec
 
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
 from headrace.config.machine import check_working_directory
-from headrace.ipc import CoreLink, FrontLink, Pulse, PulsePage, make_pair, start_process
+from headrace.ipc import BegunCore, CoreLink, FrontLink, Pulse, PulsePage, begin_process, make_pair
 from headrace.ipc.rank_meeting import Meeting
 from headrace.text import Tokenizer
 from headrace.types.errors import ConfigError
@@ -90,8 +90,10 @@ def resolve_settings(
     files: Sequence[str] = MODEL_FILES,
     first_device: int = 0,
     ranks_here: int | None = None,
+    folder: Path | None = None,
 ) -> ResolvedConfig:
-    """Find the model's files and decide every open setting. Raises `ConfigError` and its kin.
+    """Find the model's files, unless they are in `folder`, and decide every open setting. Raises `ConfigError` and its
+    kin.
 
     `files` are the patterns of those to have of a hub id, `first_device` is the index of the CUDA device to use, of
     `ranks_here`: 1 in a process of a trainer whose ranks are those of the engine.
@@ -101,7 +103,8 @@ def resolve_settings(
     check_working_directory()
     if executor == "free":
         config = msgspec.structs.replace(config, device="cpu")
-    return resolve(config, model_folder(config.model, files), first_device=first_device, ranks_here=ranks_here)
+    folder = folder or model_folder(config.model, files)
+    return resolve(config, folder, first_device=first_device, ranks_here=ranks_here)
 
 
 def current_device() -> int:
@@ -159,13 +162,23 @@ def log_ends(model: ModelSpec) -> None:
     logger.info("ids that end a sequence: %s", "; ".join(f"{token_id} ({source})" for token_id, source in ends))
 
 
-def start_core(resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> tuple[CoreHost, FrontLink]:
-    """Start a core and return what it runs in and the link to it."""
+def begin_core(config: EngineConfig, executor: ExecutorKind) -> BegunCore:
+    """Have a core's process load what takes long while its settings are decided. Several ranks load it all at once,
+    when the first knows how many they are. Raises `ConfigError` where torch could not be loaded."""
+    check_working_directory()
+    assert isinstance(executor, str), "those who come to a meeting are ranks of this process"
+    return begin_process(executor=executor, imports=executor == "local" and config.tp_size * config.pp_size == 1)
+
+
+def start_core(
+    resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind, begun: BegunCore | None = None
+) -> tuple[CoreHost, FrontLink]:
+    """Start a core and return what it runs in and the link to it. `begun`: a process that is there already."""
     if inprocess:
         front, core = make_pair()
         return CoreThread(resolved, core, executor), front
-    assert isinstance(executor, str), "those who come to a meeting are ranks of this process"
-    return start_process(msgspec.msgpack.encode(resolved), executor=executor)
+    begun = begun or begin_core(resolved.engine, executor)
+    return begun.configure(msgspec.msgpack.encode(resolved))
 
 
 def _download(model: str, files: Sequence[str], field: str) -> Path:

@@ -30,7 +30,7 @@ from headrace.engine.ledger import Ledger
 from headrace.engine.lookback import Lookback
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
-from headrace.ipc import keep_standard_numbers
+from headrace.ipc import BegunCore, keep_standard_numbers
 from headrace.types.errors import HeadraceError, InternalError, ShutdownError
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,10 @@ class EngineLoop:
     """A loop in a daemon thread with one core. `close` may be called from any thread and any signal handler, any number
     of times."""
 
-    def __init__(self, resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind) -> None:
+    def __init__(
+        self, resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind, begun: BegunCore | None = None
+    ) -> None:
+        """`begun`: as `start_core`."""
         self._pid = os.getpid()
         self.is_closing = False
         self._closing: asyncio.Task[None] | None = None
@@ -213,7 +216,7 @@ class EngineLoop:
         self.loop = asyncio.new_event_loop()
         engine = resolved.engine
         try:
-            host, link = start_core(resolved, inprocess=inprocess, executor=executor)
+            host, link = start_core(resolved, inprocess=inprocess, executor=executor, begun=begun)
         except BaseException:  # whatever it is: nobody has this runtime, to close it
             self.loop.close()
             raise

@@ -16,16 +16,18 @@ from pathlib import Path
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.core_host import (
     ExecutorKind,
+    begin_core,
     current_device,
     load_tokenizer,
     log_ends,
+    model_folder,
     resolve_settings,
     with_tokenizer,
 )
 from headrace.engine.intake import Intake
 from headrace.engine.requests import RequestBuilder
 from headrace.engine.runtime import EngineLoop, forked, result_of
-from headrace.ipc import PulsePage
+from headrace.ipc import BegunCore, PulsePage
 from headrace.ipc.rank_meeting import Meeting
 from headrace.telemetry import Progress, ProgressBar
 from headrace.text import Tokenizer
@@ -67,6 +69,7 @@ class Start:
         self._lock = threading.RLock()  # a signal handler or the garbage collector may close what is just being closed
         self._is_closed = False
         self._pid = os.getpid()
+        self._begun: BegunCore | None = None
         self._runtime: EngineLoop | None = None
         self._outcome: concurrent.futures.Future[Running] = concurrent.futures.Future()
         self._outcome.set_running_or_notify_cancel()  # somebody who stops waiting does not stop the start
@@ -105,6 +108,8 @@ class Start:
             return
         with self._lock:
             self._is_closed = True
+        if self._begun is not None:
+            self._begun.close()
         if self._runtime is not None:
             self._runtime.close()
 
@@ -121,13 +126,27 @@ class Start:
         else:
             self._outcome.set_result(running)
 
-    def _start(self) -> Running:
-        config = self._config
-        ranks_here = 1 if isinstance(self._executor, Meeting) else None
-        resolved = resolve_settings(config, self._executor, first_device=self._device, ranks_here=ranks_here)
+    def _begin(self, config: EngineConfig) -> None:
+        """The core's process, which has much to load before it needs its settings."""
         with self._lock:
             self._check_open()
-            self._runtime = runtime = EngineLoop(resolved, inprocess=self._inprocess, executor=self._executor)
+            self._begun = begin_core(config, self._executor)
+            self._check_open()
+
+    def _start(self) -> Running:
+        config = self._config
+        folder = model_folder(config.model)
+        ranks_here = 1 if isinstance(self._executor, Meeting) else None
+        if not self._inprocess:
+            self._begin(config)
+        resolved = resolve_settings(
+            config, self._executor, first_device=self._device, ranks_here=ranks_here, folder=folder
+        )
+        with self._lock:
+            self._check_open()
+            self._runtime = runtime = EngineLoop(
+                resolved, inprocess=self._inprocess, executor=self._executor, begun=self._begun
+            )
             self._check_open()  # the garbage collector may have closed it in here
         read = partial(_progress_of, runtime.host.pulse, Path(config.model).name)
         with ProgressBar(read, is_wanted=self._shows_progress):

@@ -9,9 +9,10 @@ from headrace.ipc.descriptors import keep_standard_numbers
 from headrace.ipc.inprocess import make_pair
 from headrace.ipc.links import CoreLink, FrontLink, PeerClosed
 from headrace.ipc.pulse import Phase, Pulse, PulsePage, PulseReading
-from headrace.ipc.spawn import CoreProcess, start_process
+from headrace.ipc.spawn import BegunCore, CoreProcess, begin_process, start_process
 
 __all__ = [
+    "BegunCore",
     "CoreLink",
     "CoreProcess",
     "FrontLink",
@@ -21,6 +22,7 @@ __all__ = [
     "PulsePage",
     "PulseReading",
     "SharedBuffer",
+    "begin_process",
     "keep_standard_numbers",
     "start_process",
     "make_pair",

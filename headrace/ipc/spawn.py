@@ -23,6 +23,7 @@ from headrace.ipc.descriptors import keep_standard_numbers
 from headrace.ipc.pulse import PULSE_BYTES, PulsePage
 from headrace.ipc.socket_link import SocketFrontLink
 from headrace.telemetry import logging_words
+from headrace.types.errors import ShutdownError
 
 LINK_BUFFER_BYTES = 1 << 22
 _EXIT_NOTICE_SECONDS = 1.0
@@ -98,11 +99,47 @@ class CoreProcess:
         self._exited.set()
 
 
-def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProcess, SocketFrontLink]:
-    """Start `python -m headrace.core.process` with `config`, the msgpack of a `ResolvedConfig`.
+class BegunCore:
+    """A core's process that waits for its configuration: `configure` it once, or `close` it."""
 
-    `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). The first output on the link
-    is `CoreReady`. Raises `OSError` when the process cannot be started.
+    def __init__(self, process: CoreProcess, front: socket.socket) -> None:
+        self._process = process
+        self._front = front
+        self._lock = threading.RLock()  # a signal handler or the garbage collector may close what is being configured
+        self._is_over = False
+
+    def configure(self, config: bytes) -> tuple[CoreProcess, SocketFrontLink]:
+        """Give it `config`, the msgpack of a `ResolvedConfig`. The first output on the link is `CoreReady`. Raises
+        `ShutdownError` where it was closed."""
+        with self._lock:
+            if self._is_over:
+                raise ShutdownError("the core was ended before it had its configuration")
+            self._is_over = True
+        with contextlib.suppress(OSError):  # a child that is dead already is reported through the link
+            self._front.sendall(pack_frame(config))
+        return self._process, SocketFrontLink(self._front, describe_exit=self._process.describe_exit)
+
+    def close(self) -> None:
+        """End it, unless it was configured: then whoever did that has it. Idempotent."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+        self._front.close()
+        self._process.kill()
+        self._process.close(_EXIT_NOTICE_SECONDS)
+
+
+def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProcess, SocketFrontLink]:
+    """`begin_process`, configured at once."""
+    return begin_process(executor=executor).configure(config)
+
+
+def begin_process(*, executor: str = "local", imports: bool = False) -> BegunCore:
+    """Start `python -m headrace.core.process`, which waits for its configuration.
+
+    `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). With `imports` it loads torch
+    while it waits. Raises `OSError` when the process cannot be started.
     """
     keep_standard_numbers()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -111,12 +148,10 @@ def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProces
         with SharedBuffer.create(PULSE_BYTES) as page:
             pulse = PulsePage.map(page.descriptor)
             ours.callback(pulse.close)
-            process = _start(core.fileno(), lifeline_read, page.descriptor, executor)
+            words = ["--executor", executor, *(["--imports"] if imports else [])]
+            process = _start(core.fileno(), lifeline_read, page.descriptor, words)
         ours.pop_all()  # they stay open
-    handle = CoreProcess(process, lifeline_write, pulse)
-    with contextlib.suppress(OSError):  # a child that is dead already is reported through the link
-        front.sendall(pack_frame(config))
-    return handle, SocketFrontLink(front, describe_exit=handle.describe_exit)
+    return BegunCore(CoreProcess(process, lifeline_write, pulse), front)
 
 
 def open_channel(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
@@ -138,9 +173,9 @@ def open_lifeline(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> t
     return read_end, write_end
 
 
-def _start(link: int, lifeline: int, pulse: int, executor: str) -> subprocess.Popen[bytes]:
+def _start(link: int, lifeline: int, pulse: int, words: list[str]) -> subprocess.Popen[bytes]:
     arguments = ["--link", str(link), "--lifeline", str(lifeline), "--pulse", str(pulse)]
-    arguments += ["--parent", str(os.getpid()), "--executor", executor, *logging_words()]
+    arguments += ["--parent", str(os.getpid()), *words, *logging_words()]
     return subprocess.Popen(
         # -P: a file in the working directory must not shadow a module of the child.
         [sys.executable, "-P", "-m", "headrace.core.process", *arguments],

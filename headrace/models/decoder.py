@@ -5,7 +5,7 @@ Legend: T tokens, S tokens kept, X hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -35,13 +35,16 @@ class Decoder:
         layers: Sequence[Layer],
         embed: Embedding | None,
         *,
+        kinds: Sequence[Hashable],
         has_head: bool = True,
         own_kernels: LayerKernels | None = None,
     ) -> None:
-        """`own_kernels`: of this rank alone; None: those of the parameters are."""
+        """`kinds`: of each layer, alike where they have the same shapes. `own_kernels`: of this rank alone; None: those
+        of the parameters are."""
         self._embed = embed
         self._own_kernels = own_kernels or params.kernels
         self._layers = layers
+        self._samples = [layers[index] for index in _sampled(kinds)]
         self._head: tuple[RmsNorm, Linear] | None = None
         if has_head:
             weight = params.tensors["lm_head" if "lm_head" in params.tensors else "embed"]
@@ -64,6 +67,13 @@ class Decoder:
         self._layers[-1].run(x, step, step.kept_tokens)
         return x.stream()
 
+    def sample_layers(self, hidden_TX: Tensor, step: ForwardStep) -> None:
+        """As `forward`, by the first layer of each kind and the one behind it, which launch what all layers do."""
+        x = Residual(hidden_TX)
+        for layer in self._samples:
+            layer.run(x, step)
+        x.stream()
+
     def logits(self, hidden_SX: Tensor) -> Tensor:
         """Rows of the last stage's `forward` -> float32 logits [S, V]."""
         assert self._head is not None, "only the last stage has logits"
@@ -75,3 +85,9 @@ class Decoder:
         assert self._head is not None, "only the last stage has logits"
         norm, head = self._head
         return head.logits(Residual(hidden_SX).normed(norm), self._own_kernels)
+
+
+def _sampled(kinds: Sequence[Hashable]) -> list[int]:
+    """Numbers of the first layer of each kind and of the one behind it, in order."""
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    return sorted({index for first in firsts for index in (first, first + 1) if index < len(kinds)})

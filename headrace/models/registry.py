@@ -178,7 +178,8 @@ def build(
         for index, layer in enumerate(own.layers)
     ]
     embed = _embedding(store, mesh) if stage.is_first else None
-    return Decoder(params, layers, embed, has_head=stage.is_last, own_kernels=own_kernels)
+    kinds = [(places[index].group, layer) for index, layer in enumerate(own.layers)]
+    return Decoder(params, layers, embed, kinds=kinds, has_head=stage.is_last, own_kernels=own_kernels)
 
 
 def _embedding(store: WeightStore, mesh: Mesh) -> Embedding:

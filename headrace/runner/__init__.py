@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headrace.config import ResolvedConfig
+from headrace.config.kernel_cache import use_kernel_cache
 from headrace.parallel import SINGLE, Mesh
 from headrace.runner.loading import Progress
 from headrace.runner.runner import Runner
@@ -28,8 +29,6 @@ def build_runner(
     raises, and `ConfigError`."""
     if resolved.attention_backend not in _DEVICE_BACKENDS:
         return Runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)
-    from headrace.kernels.cache import use_kernel_cache
-
     use_kernel_cache(resolved.engine.kernel_cache)  # before anything imports triton
     from headrace.runner.device_runner import DeviceRunner
 

@@ -23,7 +23,7 @@ from headrace.attention.base import DeviceAttention
 from headrace.attention.groups import GroupedAttention
 from headrace.config import ModelSpec, ResolvedConfig, share_of, stages_of
 from headrace.config.resolve import Explanation
-from headrace.kernels.cache import CompileCounter
+from headrace.kernels.compile_counter import CompileCounter
 from headrace.kernels.paged_kv import KvGeometry, KvPool, Zeros
 from headrace.kernels.rope_tables import rope_tables
 from headrace.kernels.triton.layer_kernels import device_kernels
@@ -236,13 +236,18 @@ def _size_pool(resolved: ResolvedConfig, parts: _Parts, free_at_start: int, has_
     engine = resolved.engine
     without_host = msgspec.structs.replace(engine, host_kv_tokens=0)
     tiny = msgspec.structs.replace(resolved, num_pages=_WARM_PAGES, engine=without_host)
-    parts.steps(tiny, Graphs(GemmCounter(), enabled=False)).run_greatest()
+    graphs = Graphs(GemmCounter(), enabled=has_graphs)
+    steps = parts.steps(tiny, graphs)
+    steps.run_greatest()
     taken = free_at_start - free_bytes()
-    graphs = _measure_graphs(tiny, parts) if has_graphs else 0
+    graph_bytes = _measure_graphs(steps, graphs, parts) if has_graphs else 0
+    del steps, graphs
+    gc.collect()
+    torch.cuda.empty_cache()
     spare = _SPARE_BYTES + 4 * engine.max_running_requests * resolved.model.vocab_size  # one more step's logits
     page_bytes = parts.token_bytes * engine.page_size
     spare += 2 * resolved.max_page_moves * page_bytes if resolved.num_host_pages else 0
-    plan = MemoryPlan(free_at_start, taken, graphs, spare, engine.memory_fraction, page_bytes)
+    plan = MemoryPlan(free_at_start, taken, graph_bytes, spare, engine.memory_fraction, page_bytes)
     plan = plan.tightest(parts.mesh, parts.device)
     page_bytes = plan.page_bytes
     plan.check(resolved.num_pages * page_bytes, least=2 * page_bytes)  # one for sequences, beside page 0
@@ -274,14 +279,12 @@ def _fit_steps(resolved: ResolvedConfig, steps: StepRunner) -> ResolvedConfig:
     return msgspec.structs.replace(resolved, engine=engine, explanations=explanations)
 
 
-def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
+def _measure_graphs(steps: StepRunner, graphs: Graphs, parts: _Parts) -> int:
     """Bytes that all graphs will take: their pool, by capturing the greatest of each kind, and what each one adds.
 
     The latter is a mean without its extremes: other processes take and free memory meanwhile, and it is multiplied by
     the number of graphs.
     """
-    graphs = Graphs(GemmCounter(), enabled=True)
-    steps = parts.steps(tiny, graphs)
     mixed = [bucket for bucket in parts.buckets.captured if not bucket.is_decode]
     decode = [bucket for bucket in parts.buckets.captured if bucket.is_decode]
     num_graphs = len(mixed) + len(decode) + (2 * len(parts.buckets.sampled) if parts.mesh.is_last else 0)
@@ -293,8 +296,5 @@ def _measure_graphs(tiny: ResolvedConfig, parts: _Parts) -> int:
         steps.capture([bucket], [])
         left.append(free_bytes())
     greatest, *added = (before - after for before, after in pairwise(left))
-    del steps, graphs
-    gc.collect()
-    torch.cuda.empty_cache()
     each = mean(sorted(added)[1:-1] or added)
     return max(0, int(greatest + each * (num_graphs - num_greatest)))

@@ -40,9 +40,9 @@ class Graphs:
         """What was captured once and is not now, in that order."""
         return (key for key in self._bodies if key not in self._graphs)
 
-    def capture(self, key: Hashable, body: Callable[[], None]) -> None:
-        """Run `body` once as it is, which compiles what it needs, then capture it."""
-        body()
+    def capture(self, key: Hashable, body: Callable[[], None], first: Callable[[], None] | None = None) -> None:
+        """Run `first`, or `body`, once as it is, which builds and loads all kernels of `body`; then capture that."""
+        (first or body)()
         if self._enabled:
             self._bodies[key] = body
             self.capture_again(key)
@@ -54,8 +54,12 @@ class Graphs:
         collects = gc.isenabled()
         gc.disable()  # a tensor freed meanwhile would end the capture
         try:
-            with torch.cuda.graph(graph, self._pool, torch.cuda.current_stream(), capture_error_mode=CAPTURE_MODE):
+            # Not `torch.cuda.graph`, which first has torch give back all memory that it keeps, for steps to take again.
+            graph.capture_begin(self._pool, capture_error_mode=CAPTURE_MODE)
+            try:
                 body()
+            finally:
+                graph.capture_end()
         except BaseException:
             graph.reset()  # whoever keeps the error would keep it
             raise

@@ -47,21 +47,21 @@ class Launches:
         views = self.buffer.views
         write_cells(views.cells, views.cell_count, self.tables.page_table)
 
-    def forward(self, bucket: Bucket) -> None:
+    def forward(self, bucket: Bucket, *, samples: bool = False) -> None:
         """Cells, embeddings and every layer; the residual stream stays in `hidden`. Of several stages: this one's
-        layers, between the stream that comes and the stream that goes."""
+        layers, between the stream that comes and the stream that goes. `samples`: as few layers as have all kernels."""
         self.write_cells()
         hidden_TX = self.hidden_TX[: bucket.num_tokens]
         if self.mesh.num_stages == 1:
             self._embed(hidden_TX)
-            self._run_layers(bucket, hidden_TX)
+            self._run_layers(bucket, hidden_TX, samples=samples)
             return
         with Passage(self.mesh, hidden_TX) as passage:
             if self.mesh.before is None:
                 self._embed(hidden_TX)
             else:
                 passage.take()
-            self._run_layers(bucket, hidden_TX)
+            self._run_layers(bucket, hidden_TX, samples=samples)
             if self.mesh.after is not None:
                 passage.give(hidden_TX)
 
@@ -80,8 +80,9 @@ class Launches:
             hidden_TX,
         )
 
-    def _run_layers(self, bucket: Bucket, hidden_TX: Tensor) -> None:
-        self.model.forward(hidden_TX, ForwardStep(self.attention.steps(self.tables, bucket)))
+    def _run_layers(self, bucket: Bucket, hidden_TX: Tensor, *, samples: bool) -> None:
+        run = self.model.sample_layers if samples else self.model.forward
+        run(hidden_TX, ForwardStep(self.attention.steps(self.tables, bucket)))
 
     def sample(self, num_rows: int, *, plain: bool) -> None:
         """Tokens and log-probabilities of `num_rows` rows into the step buffer's results."""

@@ -98,10 +98,11 @@ class StepRunner:
         with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
+                first = partial(self._launches.forward, bucket, samples=True)
                 if self._attention.captures:
-                    self._graphs.capture(bucket, partial(self._launches.forward, bucket))
+                    self._graphs.capture(bucket, partial(self._launches.forward, bucket), first)
                 else:
-                    self._launches.forward(bucket)  # compiles what it needs; later steps of this size run as they are
+                    first()  # later steps of this size run as they are
                 tell("graphs", next(num_done), num_all)
             for num_rows, plain in sampling:
                 body = partial(self._launches.sample, num_rows, plain=plain)
@@ -127,7 +128,7 @@ class StepRunner:
         with torch.inference_mode(), self._exact.guard:
             self._launches.make_empty()
             for bucket in buckets:
-                self._launches.forward(bucket)
+                self._launches.forward(bucket, samples=True)
 
     def run_greatest(self) -> None:
         """Run launches of the greatest sizes, over padding: what their peak of memory is measured by."""

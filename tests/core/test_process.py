@@ -17,8 +17,9 @@ import msgspec
 import pytest
 
 from headrace.config import ResolvedConfig
-from headrace.ipc import CoreProcess, FrontLink, start_process
+from headrace.ipc import CoreProcess, FrontLink, begin_process, start_process
 from headrace.ipc.codec import pack_frame
+from headrace.types.errors import ShutdownError
 from headrace.types.messages import (
     BeginUpdate,
     CommitUpdate,
@@ -164,6 +165,37 @@ def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
     resolved = msgspec.structs.replace(tiny_config(), folder=str(tmp_path))
     process = with_core(body, resolved, executor="local")
     assert process.exit_code == 1
+
+
+@cold
+@pytest.mark.parametrize("executor", ["local", "free"])
+def test_a_core_may_begin_before_its_settings_are_there(executor: str) -> None:
+    async def run() -> None:
+        begun = begin_process(executor=executor, imports=executor == "local")
+        time.sleep(0.2)  # it waits meanwhile, or imports
+        process, link = begun.configure(msgspec.msgpack.encode(tiny_config()))
+        begun.close()  # which is not for it to end any more
+        front = Front(process, link)
+        await front.start()
+        assert front.ready is not None and process.is_alive
+        assert front.ready.error is None or front.ready.error.code == "CheckpointError"  # there is no such folder
+        await link.close()
+        process.close(5.0)
+
+    asyncio.run(run())
+
+
+def test_a_core_that_gets_no_settings_is_ended() -> None:
+    before = os.listdir("/proc/self/fd")
+    begun = begin_process(imports=True)
+    pid = begun._process.pid
+    assert runs(pid)
+    begun.close()
+    begun.close()
+    assert not Path(f"/proc/{pid}").exists()
+    assert os.listdir("/proc/self/fd") == before
+    with pytest.raises(ShutdownError):
+        begun.configure(b"")
 
 
 @pytest.mark.parametrize("missing", ["os.pipe", "headrace.ipc.spawn._start"])

@@ -42,7 +42,7 @@ from headrace.engine.core_host import ExecutorKind
 from headrace.ipc import CoreLink
 from tests.arch.source import child_environment
 from tests.engine.builders import SETTINGS, model_of, named_tensors, shared_memory
-from tests.processes import runs
+from tests.processes import children_of, runs
 
 PROMPT = [1, 2, 3]
 SHORT = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True)
@@ -464,6 +464,14 @@ def test_a_wrong_setting_is_named(
     with pytest.raises(error) as caught:
         Engine(model_folder, inprocess=True, **{**SETTINGS, **settings})
     assert isinstance(caught.value, HeadraceError) and caught.value.field == named
+
+
+def test_settings_that_are_refused_leave_no_core(model_folder: Path) -> None:
+    """Its process began before they were looked at."""
+    before = children_of(os.getpid())
+    with pytest.raises(ConfigError):
+        Engine(model_folder, **{**SETTINGS, "context_length": 1 << 20})
+    assert children_of(os.getpid()) == before
 
 
 @pytest.mark.parametrize("model", ["/nowhere", "./nowhere", "a/b/c", "nobody-here/no-such-model", ""])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headrace import Engine
 from headrace.bench.models import write_config
-from headrace.kernels.cache import is_complete
+from headrace.config.kernel_cache import is_complete
 from tools.kernels import main
 
 SIZES = {"max_running_requests": 8, "max_num_batched_tokens": 128, "kv_pool_tokens": 4096}

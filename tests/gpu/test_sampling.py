@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.kernels.cache import CompileCounter
+from headrace.kernels.compile_counter import CompileCounter
 from headrace.sampling.device_sampler import DeviceSampler, PendingExtras
 from headrace.types.plan import SlotInit
 from headrace.types.request import TokenSampling

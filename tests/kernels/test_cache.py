@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import triton
 
-from headrace.kernels.cache import MANIFEST, CompileCounter, is_complete, seal, use_kernel_cache
+from headrace.config.kernel_cache import MANIFEST, is_complete, seal, use_kernel_cache
+from headrace.kernels.compile_counter import CompileCounter
 from headrace.kernels.triton.carried_cache import CarriedCacheManager
 from headrace.types.errors import ConfigError
 from tests.arch.source import ROOT, child_environment
 
 COMPILE = """
 import os, sys
-from headrace.kernels.cache import CompileCounter, use_kernel_cache
+from headrace.config.kernel_cache import use_kernel_cache
+from headrace.kernels.compile_counter import CompileCounter
 
 use_kernel_cache(None)
 assert "TRITON_CACHE_DIR" not in os.environ

@@ -30,6 +30,14 @@ class FakeTorch:
         class Graph:
             pool = 0
 
+            def capture_begin(self, pool: int, *, capture_error_mode: str) -> None:
+                assert not gc.isenabled() and capture_error_mode == "thread_local"
+                self.pool, fake.is_capturing = pool, True
+                fake.held.append(self)
+
+            def capture_end(self) -> None:
+                fake.is_capturing = False
+
             def replay(self) -> None:
                 assert self in fake.held
                 fake.done.append("replay")
@@ -45,28 +53,12 @@ class FakeTorch:
         assert not include_traces
         return [{"total_size": 200} for graph in self.held if graph.pool == pool]
 
-    def capturing(self, graph: Any, pool: int, stream: str, *, capture_error_mode: str) -> Any:
-        fake = self
-
-        class Capturing:
-            def __enter__(self) -> None:
-                assert not gc.isenabled() and (stream, capture_error_mode) == ("of the thread", "thread_local")
-                graph.pool, fake.is_capturing = pool, True
-                fake.held.append(graph)
-
-            def __exit__(self, *_: object) -> None:
-                fake.is_capturing = False
-
-        return Capturing()
-
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTorch]:
     found = FakeTorch()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", found.graph_type())
-    monkeypatch.setattr(torch.cuda, "graph", found.capturing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(found.pools))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "of the thread")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.free_bytes, 1 << 40))
     monkeypatch.setattr(torch.cuda, "memory_snapshot", found.segments)
@@ -89,7 +81,9 @@ def test_what_was_dropped_is_captured_again_in_its_order_and_run_as_it_is_meanwh
     counter = GemmCounter()
     graphs, found = Graphs(counter, enabled=True), bodies(fake, counter)
     for key, body in found.items():
-        graphs.capture(key, body)
+        graphs.capture(key, body, (lambda: fake.done.append("run few")) if key == "large" else None)
+    assert fake.done[0] == "run few", "what is run ahead of a capture may be less"
+    fake.done[0] = "run large"
     assert fake.done == [f"{how} {name}" for name in found for how in ("run", "capture")]
     pools = {graph.pool for graph in fake.held}
     for _ in range(2):

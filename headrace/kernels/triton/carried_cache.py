@@ -1,7 +1,7 @@
 """Triton's cache folder, such that it may be moved. Owns how the files of one built kernel are found.
 
 Triton writes down a kernel's files with their absolute paths and compiles again where those are gone. They all lie in
-the kernel's own folder, so their names are enough. Triton imports this class by its name: see `kernels/cache.py`.
+the kernel's own folder, so their names are enough. Triton imports this class by its name: see `config/kernel_cache.py`.
 """
 # mypy: disable-error-code="import-untyped,misc"
 

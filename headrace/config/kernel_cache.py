@@ -1,4 +1,4 @@
-"""Where built kernels are kept, and how many are built. Owns the folder of a `kernel_cache` and the count of builds.
+"""Where built kernels are kept. Owns the folder of a `kernel_cache`.
 
 Needs neither torch nor triton: the libraries that build kernels learn their folders from the environment, so this must
 come before they are imported. A folder may be carried to another path or host: `triton/carried_cache.py` finds what
@@ -8,14 +8,12 @@ elsewhere is at worst useless.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -93,51 +91,3 @@ def _why_not_writable(root: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-class CompileCounter:
-    """Counts Triton's compilations from `arm` on. A kernel that this process has loaded already is neither.
-
-    num_compiled    kernels that were compiled
-    num_loaded      kernels whose binary was found in the cache folder
-    """
-
-    def __init__(self) -> None:
-        self.num_compiled = 0
-        self.num_loaded = 0
-        self._is_armed = False
-        self._is_linked = False  # Triton, or a listener that came later, calls us
-        self._earlier: Any = None
-
-    @property
-    def num_calls(self) -> int:
-        """Every way through the compiler, whether it found a binary or made one: each stalls a step."""
-        return self.num_compiled + self.num_loaded
-
-    def arm(self) -> None:
-        """Begin to count; imports triton. Whoever listened before goes on listening."""
-        if not self._is_linked:
-            knobs = importlib.import_module("triton.knobs").compilation
-            self._earlier, knobs.listener = knobs.listener, self._observe
-            self._is_linked = True
-        self._is_armed = True
-
-    def disarm(self) -> None:
-        """Stop counting, and put back who listened before unless somebody came later, who still needs us to pass on."""
-        if not self._is_linked:
-            return
-        self._is_armed = False
-        knobs = importlib.import_module("triton.knobs").compilation
-        if knobs.listener == self._observe:
-            knobs.listener, self._earlier = self._earlier, None
-            self._is_linked = False
-
-    def _observe(self, *, cache_hit: bool, **about: Any) -> None:
-        """Triton's listener: called once per compilation, at its end."""
-        if self._is_armed:
-            if cache_hit:
-                self.num_loaded += 1
-            else:
-                self.num_compiled += 1
-        if self._earlier is not None:
-            self._earlier(cache_hit=cache_hit, **about)
