@@ -245,10 +245,11 @@ class Stream:
         self._notify()
 
     def _notify(self) -> None:
-        waiters, self._waiters = self._waiters, ()
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiters:
+            waiters, self._waiters = self._waiters, ()
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
         if self.listener is not None:
             self.listener(self)
 
@@ -355,8 +356,9 @@ class StreamGroup:
         cancel_all(list(self._live))
 
     def _take_some(self) -> list[Generation]:
-        pieces, turn = list[Generation](), Turn()
-        while self._ready and not (pieces and turn.is_over):
+        pieces: list[Generation] = []
+        turn = Turn() if len(self._ready) > 1 else None
+        while self._ready and not (pieces and turn is not None and turn.is_over):
             stream, _ = self._ready.popitem(last=False)
             self._is_behind = bool(self._ready)  # here: `take` may raise
             if stream not in self._live:

@@ -42,10 +42,10 @@ def event(value: Any) -> bytes:
     """`value` as one server-sent event. A line of it has no character that a client which reads text lines may take for
     the end of one."""
     written = encode_json(value)
-    for separator, escape in _LINE_SEPARATORS:
-        if separator in written:
+    if not written.isascii():
+        for separator, escape in _LINE_SEPARATORS:
             written = written.replace(separator, escape)
-    return b"data: " + written + b"\n\n"
+    return b"data: %b\n\n" % written
 
 
 async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -> Value:
