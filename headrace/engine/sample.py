@@ -82,17 +82,16 @@ class Sample:
     @property
     def spans(self) -> tuple[Span, ...]:
         """Those of all tokens."""
-        return (*self._closed_spans, *self._last_spans(self._num_of_version))
+        last = ((self._version, self._num_of_version, self._epoch),) if self._num_of_version else ()
+        return self._closed_spans + last
 
-    def _last_spans(self, count: int) -> tuple[Span, ...]:
-        """That of the last `count` tokens, which have one."""
-        return ((self._version, count, self._epoch),) if count else ()
-
-    def _spans_from(self, start: int) -> tuple[Span, ...]:
-        num_last = len(self.token_ids) - start
-        if num_last <= self._num_of_version:  # nearly always, of a piece
-            return self._last_spans(num_last)
-        return slice_spans(self.spans, start, len(self.token_ids))
+    def spans_from(self, start: int) -> tuple[list[tuple[str, int]], list[int]]:
+        """`version_spans` and `version_epochs` of the tokens from `start` on, as in `Generation`."""
+        num_tokens = len(self.token_ids)
+        if 0 < num_tokens - start <= self._num_of_version:  # nearly always, of a piece
+            return [(self._version, num_tokens - start)], [self._epoch]
+        spans = slice_spans(self.spans, start, num_tokens)
+        return list(map(_LABEL, spans)), list(map(_EPOCH, spans))
 
     @property
     def num_extra_values(self) -> int:
@@ -109,18 +108,10 @@ class Sample:
         *closed, last = slice_spans(self.spans, 0, num_tokens) or (("", 0, 0),)
         self._closed_spans, (self._version, self._num_of_version, self._epoch) = tuple(closed), last
 
-    def fields_from(self, start: int) -> dict[str, Any]:
-        """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
-        spans = self._spans_from(start)
-        fields: dict[str, Any] = {
-            "token_ids": self.token_ids[start:].tolist(),
-            "logprobs": self.logprobs[start:].tolist(),
-            "version_spans": list(map(_LABEL, spans)),
-            "version_epochs": list(map(_EPOCH, spans)),
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_cached_tokens": self.num_cached_tokens,
-            "num_preemptions": self.num_preemptions,
-        }
+    def more_from(self, start: int) -> dict[str, Any]:
+        """The `Generation` fields of what else was asked of the tokens from `start` on; those of the prompt come with
+        the first tokens."""
+        fields: dict[str, Any] = {}
         if self._options.num_top:
             extras = self._extras_between(start, len(self.token_ids))
             fields["top_logprobs"] = _tops(extras, len(self.token_ids) - start)
@@ -195,8 +186,12 @@ def spans_of(piece: Generation) -> list[Span]:
 
 def extend_spans(spans: list[tuple[str, int]], epochs: list[int], piece: Generation) -> None:
     """Add those of the next piece of the same sample, in place: a stream does it for every token."""
+    if not spans:
+        spans += piece.version_spans
+        epochs += piece.version_epochs
+        return
     for span, epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
-        if spans and epochs[-1] == epoch and spans[-1][0] == span[0]:
+        if epochs[-1] == epoch and spans[-1][0] == span[0]:
             spans[-1] = span[0], spans[-1][1] + span[1]
         else:
             spans.append(span)

@@ -63,8 +63,9 @@ class SequenceReply:
         self._ids += piece.token_ids
         self._num_tokens += len(piece.token_ids)
         self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
-        for version, _ in (piece.version_spans or piece.prompt_version_spans)[-1:]:
-            self._last_version = version
+        spans = piece.version_spans or piece.prompt_version_spans
+        if spans:
+            self._last_version = spans[-1][0]
         extend_spans(self._spans, self._epochs, piece)
         extend_spans(self._whole_spans, self._whole_epochs, piece)
         self._kept += piece.kept_token_ids
