@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -200,7 +201,8 @@ class EventStream(Response):
                 await errors.respond(errors.body_of(error))(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send_all(first, send, carriage_of(scope))
+            # In a task of its own: woken for every piece, it need not come down through the whole application.
+            await asyncio.create_task(self._send_all(first, send, carriage_of(scope)))
             await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
     def failure(self, error: HeadraceError) -> bytes:
