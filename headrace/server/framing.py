@@ -82,14 +82,12 @@ class Parser(h11.Connection):
         self._max_lines += data.count(b"\n")
         super().receive_data(data)
 
-    def send(self, event: Any) -> Any:
-        """As h11's. A further part of an answer in chunks is framed here: to h11 it is four objects and a dozen looks at
-        the state, a third of what a piece of a stream costs."""
-        if type(event) is h11.Data and self._answers_in_chunks and self.our_state is h11.SEND_BODY:
-            data = event.data
-            if data and not self._head:
-                return b"%x\r\n%b\r\n" % (len(data), data)
-        return super().send(event)
+    def part(self, data: bytes) -> bytes:
+        """What `send` makes of a part of a body that is not the first. One in chunks is framed here: to h11 it is four
+        objects and a dozen looks at its state, a fifth of what a piece of a stream costs."""
+        if self._answers_in_chunks and data and not self._head and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(data), data)
+        return super().send(h11.Data(data=data))
 
     def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
         """As h11's, but the head of a reply goes with what comes next: one packet, and one wake-up of the client."""

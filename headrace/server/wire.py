@@ -202,23 +202,26 @@ class EventStream(Response):
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             # In a task of its own: woken for every piece, it need not come down through the whole application.
-            await asyncio.create_task(self._send_all(first, send, carriage_of(scope)))
+            client: Connection = scope["state"][CLIENT]
+            await asyncio.create_task(self._send_all(first, send, carriage_of(scope), client))
             await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
     def failure(self, error: HeadraceError) -> bytes:
         """What is sent of an error after the first event."""
         return event(errors.event_body(error))
 
-    async def _send_all(self, first: bytes, send: Send, carriage: Carriage) -> None:
+    async def _send_all(self, first: bytes, send: Send, carriage: Carriage, client: Connection) -> None:
         if first is self.end:
             return
-        await self._send(first, send)
+
+        async def send_message(part: bytes) -> None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+        send_part = send_message if carriage.is_carried else client.send_part
+        await send_message(first)
         try:
-            async for chunk in self._events:
-                await self._send(chunk, send)
+            async for part in self._events:
+                await send_part(part)
         except HeadraceError as error:
             carriage.note_failure(error)
-            await self._send(self.failure(error), send)
-
-    async def _send(self, chunk: bytes, send: Send) -> None:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send_part(self.failure(error))

@@ -24,9 +24,9 @@ def delta(ids: list[int], version: str = "a", epoch: int = 0, **fields: Any) -> 
 def fields_from(sample: Sample, start: int) -> dict[str, Any]:
     """What a piece that begins there says of its tokens."""
     spans, epochs = sample.spans_from(start)
-    values = {"token_ids": sample.token_ids, "logprobs": sample.logprobs}
-    of_tokens = {name: each[start:].tolist() for name, each in values.items()}
-    return {**of_tokens, "version_spans": spans, "version_epochs": epochs, **sample.more_from(start)}
+    ids, logprobs = sample.token_ids[start:].tolist(), sample.logprobs[start:].tolist()
+    of_tokens = {"token_ids": ids, "logprobs": logprobs, "version_spans": spans, "version_epochs": epochs}
+    return {**of_tokens, **sample.more_from(start)}
 
 
 def test_deltas_add_up_and_spans_merge() -> None:
