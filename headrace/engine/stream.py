@@ -67,6 +67,7 @@ class Stream:
         self._num_taken_tokens = 0
         self._has_taken_end = False
         self._num_before = num_before(item)
+        self._asks_more = item.before is not None or request.logprobs.wants_output_extras
         if item.before is not None:
             self._go_on_from(item.before)
 
@@ -229,8 +230,9 @@ class Stream:
             num_preemptions=sample.num_preemptions,
             seed=request.seed,
         )
-        more = self._more_from(start)
-        return msgspec.structs.replace(piece, **more) if more else piece
+        if start and self._finish is None and not self._asks_more:
+            return piece
+        return msgspec.structs.replace(piece, **self._more_from(start))
 
     def _more_from(self, start: int) -> dict[str, Any]:
         """The fields that not every piece has."""
@@ -343,8 +345,7 @@ class StreamGroup:
         while self._live:
             if self._is_behind:
                 await asyncio.sleep(0)
-            pieces = self._take_some()
-            if pieces:
+            if self._ready and (pieces := self._take_some()):
                 return pieces
             if self._is_behind or not self._live:
                 continue
@@ -371,8 +372,8 @@ class StreamGroup:
 
     def _take_some(self) -> list[Generation]:
         pieces: list[Generation] = []
-        turn = Turn() if len(self._ready) > 1 else None
-        while self._ready and not (pieces and turn is not None and turn.is_over):
+        turn: Turn | None = None  # of more than one
+        while self._ready:
             stream, _ = self._ready.popitem(last=False)
             self._is_behind = bool(self._ready)  # here: `take` may raise
             if stream not in self._live:
@@ -382,6 +383,10 @@ class StreamGroup:
             piece = stream.take()
             if piece is not None:
                 pieces.append(piece)
+            if self._is_behind:
+                turn = turn or Turn()
+                if pieces and turn.is_over:
+                    break
         return pieces
 
     def _note(self, stream: Stream) -> None:
