@@ -44,6 +44,7 @@ class Sample:
         self.times: tuple[float, ...] = ()
         """As in `Delta`."""
         self._options = request.logprobs
+        self._has_extras = request.logprobs.wants_output_extras
         self._extras = tuple(map(bytearray, msgspec.structs.astuple(_NO_EXTRAS)))  # made into dictionaries if asked for
         self._prompt_logprobs = b""
         self._prompt_extras = _NO_EXTRAS
@@ -54,14 +55,14 @@ class Sample:
         """Add what `delta` brings; returns the number of new tokens."""
         self.token_ids.frombytes(delta.token_ids)
         self.logprobs.frombytes(delta.logprobs)
-        for position, (version, count) in enumerate(delta.spans):  # `zip` that is strict costs more than the rest
+        for position, (version, count) in enumerate(delta.spans):  # a `zip` that is strict costs more than the rest
             epoch = delta.span_epochs[position]
             if epoch == self._epoch and version == self._version:
                 self._num_of_version += count
             elif count:
                 self._closed_spans = self.spans
                 self._version, self._num_of_version, self._epoch = version, count, epoch
-        if delta.extras != _NO_EXTRAS:
+        if self._has_extras:
             for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
                 values += getattr(delta.extras, name)
         if delta.prompt_logprobs:
