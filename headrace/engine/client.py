@@ -364,9 +364,10 @@ class CoreClient:
     def _on_output(self, output: Output) -> None:
         if isinstance(output, Deltas):
             for delta in output.deltas:
-                is_last = delta.finish is not None
-                sink = self._sinks.pop(delta.handle, None) if is_last else self._sinks.get(delta.handle)
+                sink = self._sinks.get(delta.handle)
                 if sink is not None:
+                    if delta.finish is not None:
+                        del self._sinks[delta.handle]
                     sink.on_delta(delta)
         elif isinstance(output, Reply):
             self.ledger.answered(output)

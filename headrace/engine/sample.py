@@ -20,6 +20,7 @@ from headrace.types.request import Delta, Int32Array, Request, RoutedPart, Token
 Span = tuple[str, int, int]
 """(version, number of tokens, weight epoch): one label given to two updates makes two spans."""
 _LABEL, _EPOCH = operator.itemgetter(0, 1), operator.itemgetter(2)
+_NO_EXTRAS = TokenExtras()
 _TOP_VALUES, _ASKED_VALUES, _KEPT_COUNTS, _KEPT_IDS = map(
     TokenExtras.__struct_fields__.index, ("top_logprobs", "asked_logprobs", "kept_counts", "kept_ids")
 )
@@ -35,18 +36,18 @@ class Sample:
     def __init__(self, request: Request) -> None:
         self.token_ids = array("i")
         self.logprobs = array("f")
-        self.spans: tuple[Span, ...] = ()
+        self._closed_spans: tuple[Span, ...] = ()
+        self._version, self._num_of_version, self._epoch = "", 0, 0  # the span that the next token goes on with
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = len(request.prompt) // 4
         self.times: tuple[float, ...] = ()
         """As in `Delta`."""
         self._options = request.logprobs
-        self._extras = tuple(
-            map(bytearray, msgspec.structs.astuple(TokenExtras()))
-        )  # made into dictionaries if asked for
+        self._has_extras = request.logprobs.wants_output_extras
+        self._extras = tuple(map(bytearray, msgspec.structs.astuple(_NO_EXTRAS)))  # made into dictionaries if asked for
         self._prompt_logprobs = b""
-        self._prompt_extras = TokenExtras()
+        self._prompt_extras = _NO_EXTRAS
         self._prompt_spans: tuple[tuple[str, int], ...] = ()
         self._routed: tuple[RoutedPart, ...] = ()
 
@@ -54,23 +55,43 @@ class Sample:
         """Add what `delta` brings; returns the number of new tokens."""
         self.token_ids.frombytes(delta.token_ids)
         self.logprobs.frombytes(delta.logprobs)
-        for (version, count), epoch in zip(delta.spans, delta.span_epochs, strict=True):
-            if self.spans and (self.spans[-1][0], self.spans[-1][2]) == (version, epoch):
-                self.spans = (*self.spans[:-1], (version, self.spans[-1][1] + count, epoch))
+        for position, (version, count) in enumerate(delta.spans):  # a `zip` that is strict costs more than the rest
+            epoch = delta.span_epochs[position]
+            if epoch == self._epoch and version == self._version:
+                self._num_of_version += count
             elif count:
-                self.spans = (*self.spans, (version, count, epoch))
-        for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
-            values += getattr(delta.extras, name)
+                self._closed_spans = self.spans
+                self._version, self._num_of_version, self._epoch = version, count, epoch
+        if self._has_extras:
+            for values, name in zip(self._extras, TokenExtras.__struct_fields__, strict=True):
+                values += getattr(delta.extras, name)
         if delta.prompt_logprobs:
             self._prompt_logprobs, self._prompt_extras = delta.prompt_logprobs, delta.prompt_extras
         if delta.prompt_spans:
             self._prompt_spans = delta.prompt_spans
         if delta.routed.experts or (delta.routed.num_layers and not self._routed):
             self._routed += (delta.routed,)
-        self.times = delta.times or self.times
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        self.num_preemptions = max(self.num_preemptions, delta.num_preemptions)
+        if delta.times:
+            self.times = delta.times
+        if delta.num_cached_tokens > self.num_cached_tokens:
+            self.num_cached_tokens = delta.num_cached_tokens
+        if delta.num_preemptions > self.num_preemptions:
+            self.num_preemptions = delta.num_preemptions
         return len(delta.token_ids) // 4
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Those of all tokens."""
+        last = ((self._version, self._num_of_version, self._epoch),) if self._num_of_version else ()
+        return self._closed_spans + last
+
+    def spans_from(self, start: int) -> tuple[list[tuple[str, int]], list[int]]:
+        """`version_spans` and `version_epochs` of the tokens from `start` on, as in `Generation`."""
+        num_tokens = len(self.token_ids)
+        if 0 < num_tokens - start <= self._num_of_version:  # nearly always, of a piece
+            return [(self._version, num_tokens - start)], [self._epoch]
+        spans = slice_spans(self.spans, start, num_tokens)
+        return list(map(_LABEL, spans)), list(map(_EPOCH, spans))
 
     @property
     def num_extra_values(self) -> int:
@@ -84,20 +105,13 @@ class Sample:
         """Keep the first `num_tokens` generated tokens only."""
         self._extras = tuple(map(bytearray, msgspec.structs.astuple(self._extras_between(0, num_tokens))))
         del self.token_ids[num_tokens:], self.logprobs[num_tokens:]
-        self.spans = slice_spans(self.spans, 0, num_tokens)
+        *closed, last = slice_spans(self.spans, 0, num_tokens) or (("", 0, 0),)
+        self._closed_spans, (self._version, self._num_of_version, self._epoch) = tuple(closed), last
 
-    def fields_from(self, start: int) -> dict[str, Any]:
-        """The `Generation` fields of the tokens from `start` on; those of the prompt come with the first tokens."""
-        spans = slice_spans(self.spans, start, len(self.token_ids)) if start else self.spans
-        fields: dict[str, Any] = {
-            "token_ids": self.token_ids[start:].tolist(),
-            "logprobs": self.logprobs[start:].tolist(),
-            "version_spans": list(map(_LABEL, spans)),
-            "version_epochs": list(map(_EPOCH, spans)),
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_cached_tokens": self.num_cached_tokens,
-            "num_preemptions": self.num_preemptions,
-        }
+    def more_from(self, start: int) -> dict[str, Any]:
+        """The `Generation` fields of what else was asked of the tokens from `start` on; those of the prompt come with
+        the first tokens."""
+        fields: dict[str, Any] = {}
         if self._options.num_top:
             extras = self._extras_between(start, len(self.token_ids))
             fields["top_logprobs"] = _tops(extras, len(self.token_ids) - start)
@@ -172,8 +186,13 @@ def spans_of(piece: Generation) -> list[Span]:
 
 def extend_spans(spans: list[tuple[str, int]], epochs: list[int], piece: Generation) -> None:
     """Add those of the next piece of the same sample, in place: a stream does it for every token."""
-    for span, epoch in zip(piece.version_spans, piece.version_epochs, strict=True):
-        if spans and epochs[-1] == epoch and spans[-1][0] == span[0]:
+    if not spans:
+        spans += piece.version_spans
+        epochs += piece.version_epochs
+        return
+    for position, span in enumerate(piece.version_spans):
+        epoch = piece.version_epochs[position]
+        if epochs[-1] == epoch and spans[-1][0] == span[0]:
             spans[-1] = span[0], spans[-1][1] + span[1]
         else:
             spans.append(span)

@@ -12,6 +12,8 @@ import time
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.server.connections import CLIENT, Connection
+
 logger = logging.getLogger(__name__)
 
 _MAX_PATH = 200
@@ -39,6 +41,8 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         answer, since = _Answer(send), time.perf_counter()
+        connection: Connection = scope["state"][CLIENT]
+        num_streamed = connection.num_streamed
         try:
             await self._app(scope, receive, answer.send)
         finally:
@@ -48,7 +52,7 @@ class AccessLog:
                 scope["method"],
                 scope["path"],
                 answer.status,
-                answer.num_bytes,
+                answer.num_bytes + connection.num_streamed - num_streamed,
                 time.perf_counter() - since,
                 answer.refusal,
             )

@@ -55,6 +55,8 @@ class Carriage:
 
     num_moves = 0
     """How often the call has gone on elsewhere."""
+    is_carried = False
+    """What is answered is to become parts."""
 
     @property
     def begun_at(self) -> float:
@@ -92,6 +94,8 @@ def carriage_of(scope: Scope) -> Carriage:
 
 class CarriedCall(Carriage):
     """One answer on its way to a router."""
+
+    is_carried = True
 
     def __init__(self, send: Send, *, carries_all: bool, before: _Before | None) -> None:
         self._send = send

@@ -52,6 +52,8 @@ class Connection(H11Protocol):
         """The last answer is sent, and what is left of the request's body is read and forgotten."""
         self.on_lost: Callable[[], None] | None = None
         """To be called when the client goes away before its answer is complete."""
+        self.num_streamed = 0
+        """Bytes of answers so far that went by `send_part`."""
         self.used_at = self.loop.time()
         self._headers_since: float | None = self.used_at
         self._has_begun = False
@@ -157,6 +159,15 @@ class Connection(H11Protocol):
             self.transport.close()
         except h11.LocalProtocolError:
             self.transport.abort()
+
+    async def send_part(self, data: bytes) -> None:
+        """Send a further part of the answer that has begun and has more to come: as by the application's `send`, for
+        less than half. Whoever stands between and sees what is sent sees `num_streamed`."""
+        if self._flow.write_paused and not self.cycle.disconnected:
+            await self._flow.drain()
+        if not self.cycle.disconnected:
+            self.transport.write(self._parser.part(data))
+            self.num_streamed += len(data)
 
     @property
     def _is_between_requests(self) -> bool:

@@ -25,6 +25,7 @@ SLICE_LINES = 256
 _SLICE_BYTES = 64 << 10
 _TURN_SECONDS = 0.002
 _END_OF_HEADERS = re.compile(rb"\n\r?\n")
+_CHUNKED = b"Transfer-Encoding: chunked\r\n"  # as h11 writes it
 _BAD_REQUEST, _TOO_MANY_HEADERS = 400, 431
 
 
@@ -38,6 +39,7 @@ class Parser(h11.Connection):
         self.refusal = _BAD_REQUEST
         """The status of what is refused for what it is."""
         self._head: list[bytes] = []
+        self._answers_in_chunks = False
         self._max_lines = 0  # no more wait to be parsed
         self._is_chunked = False
         self._num_payload = 0
@@ -80,11 +82,19 @@ class Parser(h11.Connection):
         self._max_lines += data.count(b"\n")
         super().receive_data(data)
 
+    def part(self, data: bytes) -> bytes:
+        """What `send` makes of a part of a body that is not the first. One in chunks is framed here: to h11 it is four
+        objects and a dozen looks at its state, a fifth of what a piece of a stream costs."""
+        if self._answers_in_chunks and data and not self._head and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(data), data)
+        return super().send(h11.Data(data=data))
+
     def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
         """As h11's, but the head of a reply goes with what comes next: one packet, and one wake-up of the client."""
         written = super().send_with_data_passthrough(event)
         if isinstance(event, h11.Response):
             self._head, written = written or [], []
+            self._answers_in_chunks = _CHUNKED in self._head
         elif written is not None:
             self._head, written = [], self._head + written
         return written

@@ -73,14 +73,15 @@ class NativeFace:
             for piece in pieces:
                 number = numbers[piece.request_id]
                 if number not in replies:
-                    replies[number] = SequenceReply(style, streams[number], call.wants_logprobs[number])
-                reply = replies[number]
+                    wants = call.wants_logprobs[number]
+                    replies[number] = SequenceReply(style, streams[number], wants, is_incremental=is_incremental)
+                reply, index = replies[number], number if call.is_list else None
                 reply.add(piece)
-                write = functools.partial(_event, reply, piece, number if call.is_list else None)
-                size = 0 if piece.routed_experts is None else len(piece.routed_experts.experts)
-                events.append(write() if size <= INLINE_CHARACTERS else await run_sized(size, write))
-                if is_incremental:
-                    reply.forget()
+                if piece.routed_experts is None:
+                    events.append(_event(reply, piece, index))
+                else:
+                    write = functools.partial(_event, reply, piece, index)
+                    events.append(await run_sized(len(piece.routed_experts.experts), write))
             yield b"".join(events)
 
 

@@ -37,18 +37,22 @@ class ReplyStyle(msgspec.Struct, frozen=True):
 
 
 class SequenceReply:
-    """The reply to one sequence: `add` pieces, `body` says everything added since the start or the last `forget`."""
+    """The reply to one sequence: `add` pieces, `body` says everything added; of an incremental one, what the last piece
+    brought, beside `completion_tokens`, `weight_version` and `weight_versions`, which are of the whole."""
 
-    def __init__(self, style: ReplyStyle, stream: Stream, wants_logprobs: bool) -> None:
+    def __init__(
+        self, style: ReplyStyle, stream: Stream, wants_logprobs: bool, *, is_incremental: bool = False
+    ) -> None:
         self._style = style
         self._stream = stream
         self._wants_logprobs = wants_logprobs
+        self._is_incremental = is_incremental
         self._text: list[str] = []
         self._ids: list[int] = []
         self._lists: dict[str, list[Any]] = {}
         self._spans: list[tuple[str, int]] = []
         self._epochs: list[int] = []
-        self._whole_spans: list[tuple[str, int]] = []  # of what was forgotten, too
+        self._whole_spans: list[tuple[str, int]] = []  # of what earlier pieces brought, too
         self._whole_epochs: list[int] = []
         self._prompt_spans: list[tuple[str, int]] = []
         self._last_version: str | None = None
@@ -59,17 +63,34 @@ class SequenceReply:
             self._lists = {"input_token_logprobs": [], "output_token_logprobs": []}
 
     def add(self, piece: Generation) -> None:
-        self._text.append(piece.text)
-        self._ids += piece.token_ids
+        if self._is_incremental:
+            self._take(piece)
+        else:
+            self._extend(piece)
         self._num_tokens += len(piece.token_ids)
-        self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
-        for version, _ in (piece.version_spans or piece.prompt_version_spans)[-1:]:
-            self._last_version = version
-        extend_spans(self._spans, self._epochs, piece)
+        spans = piece.version_spans or piece.prompt_version_spans
+        if spans:
+            self._last_version = spans[-1][0]
         extend_spans(self._whole_spans, self._whole_epochs, piece)
-        self._kept += piece.kept_token_ids
         if self._wants_logprobs:
             self._add_logprobs(piece)
+
+    def _take(self, piece: Generation) -> None:
+        """Nothing but this piece is to be said. Its lists stay its own: nothing is added to them."""
+        self._text = [piece.text]
+        self._ids = piece.token_ids
+        self._spans, self._epochs = piece.version_spans, piece.version_epochs
+        self._prompt_spans = piece.prompt_version_spans
+        self._kept = piece.kept_token_ids
+        for values in self._lists.values():
+            values.clear()
+
+    def _extend(self, piece: Generation) -> None:
+        self._text.append(piece.text)
+        self._ids += piece.token_ids
+        extend_spans(self._spans, self._epochs, piece)
+        self._prompt_spans = piece.prompt_version_spans or self._prompt_spans
+        self._kept += piece.kept_token_ids
 
     def body(self, piece: Generation) -> dict[str, Any]:
         """The object to send; `piece` is the last one added."""
@@ -113,34 +134,22 @@ class SequenceReply:
         reply: dict[str, Any] = {"output_ids": self._ids, "meta_info": meta}
         return {"text": "".join(self._text), **reply} if self._style.has_text else reply
 
-    def forget(self) -> None:
-        """What was sent is not sent again; `completion_tokens`, `weight_version` and `weight_versions` go on to
-        be of the whole."""
-        self._text.clear()
-        self._ids.clear()
-        self._spans.clear()
-        self._epochs.clear()
-        self._kept.clear()
-        self._prompt_spans = []
-        for values in self._lists.values():
-            values.clear()
-
     def _add_logprobs(self, piece: Generation) -> None:
         pairs = zip(piece.logprobs, piece.token_ids, strict=True)
         if self._style.tokenizer is None:
             self._lists["output_token_logprobs"] += [(logprob, token_id, None) for logprob, token_id in pairs]
         else:
             self._lists["output_token_logprobs"] += [self._triple(logprob, token_id) for logprob, token_id in pairs]
-        self._extend("output_top_logprobs", piece.top_logprobs)
-        self._extend("output_token_ids_logprobs", piece.token_ids_logprobs)
+        self._extend_list("output_top_logprobs", piece.top_logprobs)
+        self._extend_list("output_token_ids_logprobs", piece.token_ids_logprobs)
         if piece.prompt_logprobs:
             start = self._stream.item.logprobs.prompt_start or 0
             scored = zip(piece.prompt_logprobs[start:], self._stream.prompt_token_ids[start:], strict=True)
             self._lists["input_token_logprobs"] += [self._triple(logprob, token_id) for logprob, token_id in scored]
-            self._extend("input_top_logprobs", piece.prompt_top_logprobs[start:])
-            self._extend("input_token_ids_logprobs", piece.prompt_token_ids_logprobs[start:])
+            self._extend_list("input_top_logprobs", piece.prompt_top_logprobs[start:])
+            self._extend_list("input_token_ids_logprobs", piece.prompt_token_ids_logprobs[start:])
 
-    def _extend(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
+    def _extend_list(self, key: str, positions: Sequence[Mapping[int, float] | None]) -> None:
         if positions:
             self._lists.setdefault(key, []).extend(map(self._written, positions))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -42,10 +43,10 @@ def event(value: Any) -> bytes:
     """`value` as one server-sent event. A line of it has no character that a client which reads text lines may take for
     the end of one."""
     written = encode_json(value)
-    for separator, escape in _LINE_SEPARATORS:
-        if separator in written:
+    if not written.isascii():
+        for separator, escape in _LINE_SEPARATORS:
             written = written.replace(separator, escape)
-    return b"data: " + written + b"\n\n"
+    return b"data: %b\n\n" % written
 
 
 async def read_body(request: Request, make: Callable[[dict[str, Any]], Value]) -> Value:
@@ -200,23 +201,27 @@ class EventStream(Response):
                 await errors.respond(errors.body_of(error))(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send_all(first, send, carriage_of(scope))
+            # In a task of its own: woken for every piece, it need not come down through the whole application.
+            client: Connection = scope["state"][CLIENT]
+            await asyncio.create_task(self._send_all(first, send, carriage_of(scope), client))
             await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
     def failure(self, error: HeadraceError) -> bytes:
         """What is sent of an error after the first event."""
         return event(errors.event_body(error))
 
-    async def _send_all(self, first: bytes, send: Send, carriage: Carriage) -> None:
+    async def _send_all(self, first: bytes, send: Send, carriage: Carriage, client: Connection) -> None:
         if first is self.end:
             return
-        await self._send(first, send)
+
+        async def send_message(part: bytes) -> None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+        send_part = send_message if carriage.is_carried else client.send_part
+        await send_message(first)
         try:
-            async for chunk in self._events:
-                await self._send(chunk, send)
+            async for part in self._events:
+                await send_part(part)
         except HeadraceError as error:
             carriage.note_failure(error)
-            await self._send(self.failure(error), send)
-
-    async def _send(self, chunk: bytes, send: Send) -> None:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send_part(self.failure(error))

@@ -75,7 +75,10 @@ def test_joined_deltas_say_what_they_said_apart() -> None:
             (delta,) = [each for each in sent if each.handle == handle]
             whole.append(delta)
             assert delta.finish == parts[-1].finish
-            assert whole.fields_from(0) == apart.fields_from(0)
+            assert (whole.token_ids, whole.logprobs, whole.spans) == (apart.token_ids, apart.logprobs, apart.spans)
+            assert whole.more_from(0) == apart.more_from(0)
+            counts = [(each.num_cached_tokens, each.num_preemptions) for each in (whole, apart)]
+            assert counts[0] == counts[1]
             assert whole.prompt_fields() == apart.prompt_fields()
             assert whole.routed_experts() == apart.routed_experts()
             assert whole.times == apart.times == (1.0, 2.0)

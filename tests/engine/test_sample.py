@@ -21,6 +21,14 @@ def delta(ids: list[int], version: str = "a", epoch: int = 0, **fields: Any) -> 
     return Delta(1, pack_ids(ids), pack_floats([-float(i) for i in ids]), spans, span_epochs=epochs, **fields)
 
 
+def fields_from(sample: Sample, start: int) -> dict[str, Any]:
+    """What a piece that begins there says of its tokens."""
+    spans, epochs = sample.spans_from(start)
+    ids, logprobs = sample.token_ids[start:].tolist(), sample.logprobs[start:].tolist()
+    of_tokens = {"token_ids": ids, "logprobs": logprobs, "version_spans": spans, "version_epochs": epochs}
+    return {**of_tokens, **sample.more_from(start)}
+
+
 def test_deltas_add_up_and_spans_merge() -> None:
     sample = Sample(request())
     assert [sample.append(d) for d in (delta([5, 6]), delta([7]), delta([8, 9], "b"))] == [2, 1, 2]
@@ -33,13 +41,13 @@ def test_a_label_given_twice_makes_two_spans_wherever_a_piece_or_a_truncation_cu
     sample = Sample(request())
     for each in (delta([1, 2]), delta([3], epoch=1), delta([4, 5], epoch=1), delta([6], "b", 1), delta([7], "a", 1)):
         sample.append(each)
-    whole = sample.fields_from(0)
+    whole = fields_from(sample, 0)
     assert whole["version_spans"] == [("a", 2), ("a", 3), ("b", 1), ("a", 1)]
     assert whole["version_epochs"] == [0, 1, 1, 1]
-    piece = sample.fields_from(1)
+    piece = fields_from(sample, 1)
     assert (piece["version_spans"], piece["version_epochs"]) == ([("a", 1), ("a", 3), ("b", 1), ("a", 1)], [0, 1, 1, 1])
     sample.truncate(4)
-    cut = sample.fields_from(0)
+    cut = fields_from(sample, 0)
     assert (cut["version_spans"], cut["version_epochs"]) == ([("a", 2), ("a", 2)], [0, 1])
 
 
@@ -61,11 +69,11 @@ def test_truncation_cuts_everything_alike() -> None:
     sample.append(delta([5, 6], extras=TokenExtras(pack_ids([0, 1]), ones, b"", *map(pack_ids, first))))
     sample.append(delta([7, 8], "b", extras=TokenExtras(pack_ids([2, 3]), ones, b"", *map(pack_ids, second))))
     whole = [[5, 9], [], [6, 7, 8], [4]]
-    assert [sample.fields_from(cut)["kept_token_ids"] for cut in range(5)] == [whole[cut:] for cut in range(5)]
+    assert [fields_from(sample, cut)["kept_token_ids"] for cut in range(5)] == [whole[cut:] for cut in range(5)]
     assert sample.num_extra_values == 4 + 6
     sample.truncate(3)
-    assert sample.fields_from(1)["kept_token_ids"] == whole[1:3]
-    fields = sample.fields_from(0)
+    assert fields_from(sample, 1)["kept_token_ids"] == whole[1:3]
+    fields = fields_from(sample, 0)
     assert fields["token_ids"] == [5, 6, 7] and fields["logprobs"] == [-5.0, -6.0, -7.0]
     assert fields["version_spans"] == [("a", 2), ("b", 1)]
     assert fields["top_logprobs"] == [{0: -1.0}, {1: -1.0}, {2: -1.0}]
@@ -76,7 +84,7 @@ def test_pieces_join_to_the_whole() -> None:
     sample.append(delta([1, 2, 3]))
     sample.append(delta([4, 5], "b"))
     for cut in range(6):
-        late = sample.fields_from(cut)
+        late = fields_from(sample, cut)
         assert late["token_ids"] == [1, 2, 3, 4, 5][cut:]
         assert sum(count for _, count in late["version_spans"]) == len(late["logprobs"]) == 5 - cut
 
@@ -109,7 +117,7 @@ def test_nothing_asked_nothing_given() -> None:
     sample = Sample(request())
     sample.append(delta([1]))
     assert sample.prompt_fields() == {}
-    assert not {"top_logprobs", "token_ids_logprobs"} & sample.fields_from(0).keys()
+    assert not {"top_logprobs", "token_ids_logprobs"} & fields_from(sample, 0).keys()
 
 
 def test_experts_count_as_values_and_none_of_them_are_an_answer() -> None:

@@ -54,6 +54,16 @@ def test_a_stream_is_a_line_when_it_is_over_also_where_its_client_has_gone(
     assert " POST /generate " in lines(caplog, 2)[1]
 
 
+def test_a_stream_counts_all_its_bytes(start: START, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "headrace")
+    served = start(access_log=True)
+    body = {**GENERATE, "sampling_params": {"max_new_tokens": 9, "ignore_eos": True}, "stream": True}
+    for number in (1, 2):  # on one connection
+        reply = served.http.post("/generate", json=body)
+        assert reply.content.count(b"\n\n") > 2
+        assert f" {len(reply.content)} bytes in " in lines(caplog, number)[-1]
+
+
 def test_nothing_is_written_unless_asked_for(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "headrace")
     assert served.http.get("/nowhere").status_code == 404

@@ -45,6 +45,29 @@ def test_the_head_of_a_reply_goes_with_its_first_bytes() -> None:
         assert others == ([b"c", b""] if body else [])
 
 
+def answering(version: bytes, headers: list[tuple[str, str]]) -> Parser:
+    """A parser that has sent the head of an answer."""
+    parser = Parser(None)
+    parser.receive_data(b"GET / HTTP/" + version + b"\r\nhost: a\r\n\r\n")
+    while parser.next_event() is not h11.NEED_DATA and parser.their_state not in (h11.DONE, h11.MUST_CLOSE):
+        pass
+    parser.send(h11.Response(status_code=200, headers=headers))
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("version", "headers"), [(b"1.1", []), (b"1.0", []), (b"1.1", [("content-length", "6")])], ids=str
+)
+def test_a_further_part_is_what_h11_makes_of_it(version: bytes, headers: list[tuple[str, str]]) -> None:
+    ours, theirs = (answering(version, headers) for _ in range(2))
+    for data in (b"ab", b"", b"cde", b"f"):
+        assert ours.part(data) == theirs.send(h11.Data(data=data))
+    assert ours.send(h11.EndOfMessage()) == theirs.send(h11.EndOfMessage())
+    for parser in (ours, theirs):
+        with pytest.raises(h11.LocalProtocolError):
+            parser.part(b"g")
+
+
 def test_a_body_that_is_hardly_anything_but_framing_is_refused(served: Served) -> None:
     assert status_of(served, CHUNKED, b"1\r\n \r\n" * 18_000) == 400
     assert status_of(served, CHUNKED, b"1;" + b"x" * 20_000 + b"\r\n") == 400
