@@ -15,8 +15,8 @@ import socket
 from collections.abc import Sequence
 
 from headrace.cli.flags import add_flags, given, with_keys
+from headrace.cluster import event_loop
 from headrace.cluster.options import RouterOptions
-from headrace.ipc import event_loop
 from headrace.telemetry import LogContext, configure_logging
 
 DEFAULT_PORT = 30100

@@ -17,10 +17,10 @@ from typing import Any
 
 from headrace.cli.flags import add_flags, flag_names, given
 from headrace.cli.owner import Owner
+from headrace.cluster import event_loop
 from headrace.cluster.fleet_options import FleetOptions
 from headrace.cluster.options import RouterOptions
 from headrace.config import EngineConfig
-from headrace.ipc import event_loop
 from headrace.server.options import ServerOptions
 from headrace.types.errors import ConfigError, HeadraceError
 

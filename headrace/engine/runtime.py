@@ -31,7 +31,6 @@ from headrace.engine.lookback import Lookback
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
 from headrace.ipc import BegunCore, keep_standard_numbers
-from headrace.ipc.event_loop import new_event_loop
 from headrace.types.errors import HeadraceError, InternalError, ShutdownError
 
 logger = logging.getLogger(__name__)
@@ -214,7 +213,7 @@ class EngineLoop:
         self._has_closed = _Latch()
         self._errands: set[_Errand[Any]] = set()  # that somebody waits for
         keep_standard_numbers()
-        self.loop = new_event_loop()
+        self.loop = asyncio.new_event_loop()
         engine = resolved.engine
         try:
             host, link = start_core(resolved, inprocess=inprocess, executor=executor, begun=begun)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import uvloop
 
-from headrace.ipc.event_loop import new_event_loop, run
+from headrace.cluster.event_loop import run
 
 
 async def kind_of_loop() -> type:
@@ -17,6 +17,3 @@ def test_it_is_uvloops_where_that_is_installed_and_else_asyncios(monkeypatch: py
     assert run(kind_of_loop()) is uvloop.Loop
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert run(kind_of_loop()) is not uvloop.Loop
-    loop = new_event_loop()
-    loop.close()
-    assert isinstance(loop, asyncio.BaseEventLoop)
