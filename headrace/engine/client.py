@@ -94,6 +94,7 @@ class CoreClient:
         self._finished: list[int] = []
         self._flush_scheduled = False
         self._ready: asyncio.Future[CoreReady] | None = None
+        self._has_said_why = False  # it cannot start, and ends therefore
         self._watch: asyncio.Task[None] | None = None
         self._is_ending = False
         self._end: HeadraceError | None = None
@@ -125,7 +126,7 @@ class CoreClient:
         if self._end is not None:
             raise _copy(self._end)
         loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
+        self._ready, self._has_said_why = loop.create_future(), False
         await self._link.start(self._on_output, self._on_close)
         try:
             ready = await asyncio.wait_for(self._ready, timeout)
@@ -378,6 +379,7 @@ class CoreClient:
             self._die(output.error.to_exception())
         elif self._ready is not None and not self._ready.done():
             self._ready.set_result(output)
+            self._has_said_why = output.error is not None
 
     def _on_close(self, reason: str) -> None:
         self._die(EngineDeadError(reason))
@@ -388,7 +390,7 @@ class CoreClient:
         if self._is_ending:
             self._finish_all(ShutdownError("the engine is shut down"))
             return
-        logger.error("the engine core is dead: %s", reason)
+        logger.log(logging.DEBUG if self._has_said_why else logging.ERROR, "the engine core is dead: %s", reason)
         error = type(reason)(f"the engine core is dead: {reason}")
         self._finish_all(error)
         self._on_death(error)

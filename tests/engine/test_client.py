@@ -540,17 +540,26 @@ def test_a_client_that_was_closed_does_not_start() -> None:
     asyncio.run(main())
 
 
-def test_a_core_that_cannot_start_says_why() -> None:
+@pytest.mark.parametrize("is_gone_at_once", [False, True])
+def test_a_core_that_cannot_start_says_why_and_its_end_is_no_news(
+    is_gone_at_once: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         front, link = make_pair()
         client = CoreClient(front, PulsePage(), 5.0, lambda _: None, LIMITS)
-        link.send(CoreReady(error=ErrorInfo("CheckpointError", "model.safetensors is corrupt", "model.safetensors")))
+        ready = CoreReady(error=ErrorInfo("CheckpointError", "model.safetensors is corrupt", "model.safetensors"))
+        if is_gone_at_once:
+            asyncio.get_running_loop().call_soon(client._on_output, ready)
+            asyncio.get_running_loop().call_soon(client._on_close, "it has ended")
+        else:
+            link.send(ready)
         with pytest.raises(HeadraceError, match="corrupt") as caught:
             await client.start(5.0)
         assert caught.value.field == "model.safetensors"
         await client.close(ShutdownError("over"))
 
     asyncio.run(main())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_core_that_does_not_start_in_time_is_an_error() -> None:
