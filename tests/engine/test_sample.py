@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -49,6 +51,30 @@ def test_a_label_given_twice_makes_two_spans_wherever_a_piece_or_a_truncation_cu
     sample.truncate(4)
     cut = fields_from(sample, 0)
     assert (cut["version_spans"], cut["version_epochs"]) == ([("a", 2), ("a", 2)], [0, 1])
+
+
+def test_spans_name_the_weights_of_each_token_however_deltas_pieces_and_truncations_cut_them() -> None:
+    """Against one (version, epoch) kept for each token; labels come back, under the same epoch and under others."""
+    words = random.Random(0)
+    for _ in range(300):
+        sample, labels, epoch = Sample(request()), list[tuple[str, int]](), 0
+        for _ in range(words.randrange(1, 8)):
+            epoch += words.randrange(2)
+            spans = [(words.choice("ab"), words.randrange(3)) for _ in range(words.randrange(3))]
+            ids = pack_ids([7] * sum(count for _, count in spans))
+            logprobs = pack_floats([0.0] * (len(ids) // 4))
+            sample.append(Delta(1, ids, logprobs, tuple(spans), span_epochs=(epoch,) * len(spans)))
+            labels += [(version, epoch) for version, count in spans for _ in range(count)]
+            start = words.randrange(len(labels) + 1)
+            assert sample.spans_from(start) == runs_of(labels[start:])
+        num_kept = words.randrange(len(labels) + 1)
+        sample.truncate(num_kept)
+        assert sample.spans_from(0) == runs_of(labels[:num_kept]) and len(sample.token_ids) == num_kept
+
+
+def runs_of(labels: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[int]]:
+    runs = [(version, epoch, len(list(group))) for (version, epoch), group in itertools.groupby(labels)]
+    return [(version, count) for version, _, count in runs], [epoch for _, epoch, _ in runs]
 
 
 def test_prompt_spans_come_with_the_prompts_scores_or_alone() -> None:
