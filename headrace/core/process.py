@@ -6,7 +6,6 @@ Owns what is true of the process as a whole: its descriptors, its log, and that 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import gc
 import importlib
@@ -47,17 +46,32 @@ def main(arguments: list[str]) -> int:
     pulse = Pulse(PulsePage.map(options.pulse))
     os.close(options.pulse)
     awaited = AwaitedSettings(partial(_receive, link), prepares=options.imports)
-    if options.imports:
-        # Torch: it takes longer than anything else. What keeps it from being loaded is told by who needs it, again.
-        with quick_imports(), contextlib.suppress(ImportError, OSError):
-            importlib.import_module("headrace.runner")
+    problem = _load_torch() if options.imports else None
     try:
         resolved = awaited.wait()
     except (PeerClosed, *DECODE_ERRORS) as error:
         logger.error("no configuration: %s", error)
         return 2
+
+    def begin() -> None:
+        if problem is not None:
+            raise problem
+        awaited.wait_prepared()
+
     # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
-    return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=awaited.wait_prepared, on_built=gc.freeze)
+    return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=begin, on_built=gc.freeze)
+
+
+def _load_torch() -> Exception | None:
+    """Load it: it takes longer than anything else. Returns what kept it from being loaded, whatever that is: the
+    failure to start that is told once the settings are there. Half loaded, torch would say something else if it were
+    imported again."""
+    try:
+        with quick_imports():
+            importlib.import_module("headrace.runner")
+    except Exception as error:
+        return error
+    return None
 
 
 def _receive(link: SocketCoreLink) -> ResolvedConfig:
