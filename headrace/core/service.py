@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -147,15 +148,17 @@ def _build_ranks(
     if meeting is None and resolved.engine.nnodes > 1:
         meeting = meet_nodes(resolved)
     num_here = resolved.num_ranks // (meeting.num_guests + 1 if meeting is not None else 1)
-    try:
-        children = start_children(num_here, shares_process=shares_process)
-    except BaseException:
+    with contextlib.ExitStack() as undo:
         if meeting is not None:
-            meeting.close()
-        raise
-    with quick_imports(shares_process=shares_process):
-        from headrace.core.rank_start import start_ranks
-        from headrace.runner import build_runner
+            undo.callback(meeting.close)
+        children = start_children(num_here, shares_process=shares_process)
+        for child in children:
+            undo.callback(child.close, 0.0)
+        with quick_imports(shares_process=shares_process):
+            from headrace.core.rank_start import start_ranks
+            from headrace.runner import build_runner
+
+        undo.pop_all()  # they are the replica's now
 
     def build(mesh: Mesh) -> Runner | DeviceRunner:
         return build_runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)
