@@ -29,7 +29,9 @@ from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.socket_link import SocketCoreLink
 from headrace.telemetry import LogContext, configure_logging
 
-CONFIG_TIMEOUT = 60.0
+CONFIG_TIMEOUT = 600.0
+"""It runs while the front decides, which slow files and drivers may hold up, or a signal that stops it. Once the front
+is gone the lifeline ends this process, long before."""
 PARENT_CHECK_MILLISECONDS = 1000
 ORPHANED_EXIT_CODE = 3
 logger = logging.getLogger(__name__)
