@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
-import importlib
 import logging
 import os
 import select
@@ -22,8 +21,7 @@ import msgspec
 
 from headrace.config import ResolvedConfig
 from headrace.core.awaited_settings import AwaitedSettings
-from headrace.core.imports import quick_imports
-from headrace.core.service import serve_core
+from headrace.core.service import load_torch, serve_core
 from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.socket_link import SocketCoreLink
@@ -48,7 +46,7 @@ def main(arguments: list[str]) -> int:
     pulse = Pulse(PulsePage.map(options.pulse))
     os.close(options.pulse)
     awaited = AwaitedSettings(partial(_receive, link), prepares=options.imports)
-    problem = _load_torch() if options.imports else None
+    problem = load_torch() if options.imports else None
     try:
         resolved = awaited.wait()
     except (PeerClosed, *DECODE_ERRORS) as error:
@@ -62,18 +60,6 @@ def main(arguments: list[str]) -> int:
 
     # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
     return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=begin, on_built=gc.freeze)
-
-
-def _load_torch() -> Exception | None:
-    """Load it: it takes longer than anything else. Returns what kept it from being loaded, whatever that is: the
-    failure to start that is told once the settings are there. Half loaded, torch would say something else if it were
-    imported again."""
-    try:
-        with quick_imports():
-            importlib.import_module("headrace.runner")
-    except Exception as error:
-        return error
-    return None
 
 
 def _receive(link: SocketCoreLink) -> ResolvedConfig:

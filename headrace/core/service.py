@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import time
 from collections.abc import Callable
@@ -56,6 +57,18 @@ def serve_core(
         except Exception as error:  # process entry point
             return _report_start_failure(link, error)
         return 0 if loop is None else run_core(loop, link)
+
+
+def load_torch() -> Exception | None:
+    """Load it: it takes longer than anything else. Returns what kept it from being loaded, whatever that is: a failure
+    to start, told once the settings are there. Half loaded, torch would say something else if it were imported again.
+    """
+    try:
+        with quick_imports():
+            importlib.import_module("headrace.runner")
+    except Exception as error:  # process entry point: others than ImportError come of it too
+        return error
+    return None
 
 
 def run_core(loop: CoreLoop, link: CoreLink) -> int:
