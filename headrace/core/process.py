@@ -6,10 +6,8 @@ Owns what is true of the process as a whole: its descriptors, its log, and that 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import faulthandler
 import gc
-import importlib
 import logging
 import os
 import select
@@ -23,14 +21,15 @@ import msgspec
 
 from headrace.config import ResolvedConfig
 from headrace.core.awaited_settings import AwaitedSettings
-from headrace.core.imports import quick_imports
-from headrace.core.service import serve_core
+from headrace.core.service import load_torch, serve_core
 from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.socket_link import SocketCoreLink
 from headrace.telemetry import LogContext, configure_logging
 
-CONFIG_TIMEOUT = 60.0
+CONFIG_TIMEOUT = 600.0
+"""It runs while the front decides, which slow files and drivers may hold up, or a signal that stops it. Once the front
+is gone the lifeline ends this process, long before."""
 PARENT_CHECK_MILLISECONDS = 1000
 ORPHANED_EXIT_CODE = 3
 logger = logging.getLogger(__name__)
@@ -47,17 +46,20 @@ def main(arguments: list[str]) -> int:
     pulse = Pulse(PulsePage.map(options.pulse))
     os.close(options.pulse)
     awaited = AwaitedSettings(partial(_receive, link), prepares=options.imports)
-    if options.imports:
-        # Torch: it takes longer than anything else. What keeps it from being loaded is told by who needs it, again.
-        with quick_imports(), contextlib.suppress(ImportError, OSError):
-            importlib.import_module("headrace.runner")
+    problem = load_torch() if options.imports else None
     try:
         resolved = awaited.wait()
     except (PeerClosed, *DECODE_ERRORS) as error:
         logger.error("no configuration: %s", error)
         return 2
+
+    def begin() -> None:
+        if problem is not None:
+            raise problem
+        awaited.wait_prepared()
+
     # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
-    return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=awaited.wait_prepared, on_built=gc.freeze)
+    return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=begin, on_built=gc.freeze)
 
 
 def _receive(link: SocketCoreLink) -> ResolvedConfig:

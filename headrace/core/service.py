@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import time
 from collections.abc import Callable
@@ -55,6 +57,18 @@ def serve_core(
         except Exception as error:  # process entry point
             return _report_start_failure(link, error)
         return 0 if loop is None else run_core(loop, link)
+
+
+def load_torch() -> Exception | None:
+    """Load it: it takes longer than anything else. Returns what kept it from being loaded, whatever that is: a failure
+    to start, told once the settings are there. Half loaded, torch would say something else if it were imported again.
+    """
+    try:
+        with quick_imports():
+            importlib.import_module("headrace.runner")
+    except Exception as error:  # process entry point: others than ImportError come of it too
+        return error
+    return None
 
 
 def run_core(loop: CoreLoop, link: CoreLink) -> int:
@@ -147,15 +161,17 @@ def _build_ranks(
     if meeting is None and resolved.engine.nnodes > 1:
         meeting = meet_nodes(resolved)
     num_here = resolved.num_ranks // (meeting.num_guests + 1 if meeting is not None else 1)
-    try:
-        children = start_children(num_here, shares_process=shares_process)
-    except BaseException:
+    with contextlib.ExitStack() as undo:
         if meeting is not None:
-            meeting.close()
-        raise
-    with quick_imports(shares_process=shares_process):
-        from headrace.core.rank_start import start_ranks
-        from headrace.runner import build_runner
+            undo.callback(meeting.close)
+        children = start_children(num_here, shares_process=shares_process)
+        for child in children:
+            undo.callback(child.close, 0.0)
+        with quick_imports(shares_process=shares_process):
+            from headrace.core.rank_start import start_ranks
+            from headrace.runner import build_runner
+
+        undo.pop_all()  # they are the replica's now
 
     def build(mesh: Mesh) -> Runner | DeviceRunner:
         return build_runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)

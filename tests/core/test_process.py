@@ -185,6 +185,25 @@ def test_a_core_may_begin_before_its_settings_are_there(executor: str) -> None:
     asyncio.run(run())
 
 
+@cold
+def test_what_kept_torch_from_being_loaded_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub = "import builtins\nif hasattr(builtins, 'tried'): raise ImportError('again')\nbuiltins.tried = 1\n"
+    (tmp_path / "torch.py").write_text(f"{stub}raise RuntimeError('its first words')\n")
+    monkeypatch.setattr("headrace.ipc.spawn.python_path", lambda: f"{tmp_path}{os.pathsep}{ROOT}")
+
+    async def run() -> CoreProcess:
+        process, link = begin_process(imports=True).configure(msgspec.msgpack.encode(tiny_config()))
+        front = Front(process, link)
+        await front.start()
+        assert front.ready is not None and front.ready.error is not None
+        assert front.ready.error.message == "the engine core cannot start: RuntimeError: its first words"
+        await link.close()
+        process.close(5.0)
+        return process
+
+    assert asyncio.run(run()).exit_code == 1
+
+
 def test_a_core_that_gets_no_settings_is_ended() -> None:
     before = os.listdir("/proc/self/fd")
     begun = begin_process(imports=True)

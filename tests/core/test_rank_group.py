@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from headrace.core.service import build_executor
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RankPage
-from headrace.ipc.rank_spawn import SILENT_SECONDS
+from headrace.ipc.rank_spawn import SILENT_SECONDS, RankProcess, start_children
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import ConfigError, WeightUpdateError
 from headrace.types.plan import RankLost
@@ -195,6 +197,22 @@ def test_on_cuda_ranks_do_not_share_a_callers_process() -> None:
     with pytest.raises(ConfigError, match="process of its own") as refusal:
         build_executor(resolved, "local", shares_process=True)
     assert refusal.value.field == "inprocess"
+
+
+def test_ranks_end_where_the_first_cannot_load_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[RankProcess] = []
+
+    def start(num_ranks: int, *, shares_process: bool) -> list[RankProcess]:
+        found.extend(start_children(num_ranks, shares_process=shares_process))
+        return found
+
+    monkeypatch.setattr("headrace.ipc.rank_spawn.start_children", start)
+    monkeypatch.setitem(sys.modules, "headrace.runner", None)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ImportError, match="headrace.runner"):
+        build_executor(tiny_config(tp_size=2), "local", shares_process=True)
+    assert [rank.describe_exit() for rank in found] == ["was killed by signal 9 (Killed)"]
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_ranks_meet_on_loopback_alone_below_a_secret() -> None:
