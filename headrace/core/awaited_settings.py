@@ -7,14 +7,16 @@ the import loses little; and it imports nothing that imports torch, on which two
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import importlib
+import logging
 from collections.abc import Callable
 
 from headrace.config import ResolvedConfig
 from headrace.config.cuda_driver import open_context
 from headrace.config.devices import CudaDevice
 from headrace.config.kernel_cache import use_kernel_cache
+
+logger = logging.getLogger(__name__)
 
 
 class AwaitedSettings:
@@ -45,9 +47,12 @@ def prepare(device: CudaDevice, kernel_cache: str | None) -> None:
     and asks its assembler for its version. Raises `ConfigError` for a bad folder."""
     open_context(device.index)
     use_kernel_cache(kernel_cache)  # before anything imports triton
-    with contextlib.suppress(ImportError, AttributeError):  # another Triton does it when the first kernel is looked for
+    try:
         compiler = importlib.import_module("triton.compiler.compiler")
         target = importlib.import_module("triton.backends.compiler").GPUTarget
         importlib.import_module("triton.runtime.cache").triton_key()
         major, minor = device.capability
         compiler.make_backend(target("cuda", 10 * major + minor, 32)).hash()
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:  # another Triton's
+        # It is asked again when the first kernel is built, and what is wrong with it is told then.
+        logger.info("Triton is not prepared ahead: %s: %s", type(error).__name__, error)

@@ -131,3 +131,18 @@ def test_what_names_kernels_is_known_before_the_first_is_looked_for(tmp_path: Pa
         check=False,
     )
     assert done.stdout == "1 1\n", done.stderr
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError, RuntimeError, OSError])
+def test_a_triton_that_cannot_be_prepared_fails_no_start(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    def another(name: str) -> None:
+        raise error(f"no {name}")
+
+    monkeypatch.setattr(awaited_settings, "open_context", lambda _: None)
+    monkeypatch.setattr(awaited_settings, "use_kernel_cache", lambda _: None)
+    monkeypatch.setattr("importlib.import_module", another)
+    with caplog.at_level("INFO"):
+        awaited_settings.prepare(DEVICE, None)
+    assert f"{error.__name__}: no triton" in caplog.text
