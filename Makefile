@@ -79,7 +79,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/headrace demo $(ARGS)
 
-# What every worker imports is compiled here, once: they begin together, and each would compile all of it.
+# What every worker imports is compiled here, once: they begin together, and each would compile all of it. A test that
+# cannot be collected is told of by the run itself.
 $(COMPILED): $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --collect-only -qq >/dev/null || true
 	@touch $@

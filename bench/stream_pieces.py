@@ -21,16 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from headrace.bench.models import write_config  # noqa: E402
-from headrace.engine import AsyncEngine  # noqa: E402
-from headrace.ipc.codec import OutputCodec, pack_frame  # noqa: E402
-from headrace.server import serve  # noqa: E402
-from headrace.server.connections import Connection  # noqa: E402
-from headrace.types.messages import Command, Deltas, Submit  # noqa: E402
-from headrace.types.request import Delta, pack_ids  # noqa: E402
+from headrace.bench.models import write_config
+from headrace.engine import AsyncEngine
+from headrace.ipc.codec import OutputCodec, pack_frame
+from headrace.server import serve
+from headrace.server.connections import Connection
+from headrace.types.messages import Command, Deltas, Submit
+from headrace.types.request import Delta, pack_ids
 
 BODY = json.dumps(
     {
