@@ -27,6 +27,7 @@ from headrace.types.errors import (
 )
 from headrace.types.generation import ChatReply, Generation, RoutedExperts
 from headrace.types.http import StreamPart
+from tests.in_pieces import in_pieces
 from tests.server.builders import SETTINGS
 from tests.server.conftest import Served
 
@@ -96,13 +97,16 @@ class Carried:
         return b"".join(each.told for each in parts)
 
 
+def cuts_of(parts: list[CarriedPart]) -> list[int]:
+    """Where a call can be cut that has told something by then."""
+    return [k for k in range(1, len(parts)) if any(each.num_pieces for each in parts[:k])]
+
+
 def check_cuts(call: Carried, fold: Callable[[bytes], Any], least: int = 5) -> Any:
     """However it is cut, also twice, it is told as if it never was. Returns that."""
-    parts = call.ask()
+    parts = in_pieces(call.ask, least, cuts_of)
     whole = fold(call.told(parts))
-    cuts = [k for k in range(1, len(parts)) if any(each.num_pieces for each in parts[:k])]
-    assert len(cuts) >= least
-    for cut in cuts:
+    for cut in cuts_of(parts):
         came = parts[:cut]
         rest = call.ask(came)
         assert fold(call.told(came + rest)) == whole, cut
