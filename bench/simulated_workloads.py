@@ -20,11 +20,11 @@ from headrace.simulation.replica_model import limits_of
 from headrace.types.request import Request, pack_ids
 
 MEASURED = {
-    ("qwen3-0.6b-h200", "A"): (26_665, 26_964),
-    ("qwen3-0.6b-h200", "B"): (34_795, 35_379),
+    ("qwen3-0.6b-h200", "A"): (27_256, 27_966),
+    ("qwen3-0.6b-h200", "B"): (35_822, 35_835),
     ("qwen3-0.6b-h200", "D"): (29_463, 29_619),
-    ("qwen3-8b-h200", "A"): (9_944, 10_348),
-    ("qwen3-8b-h200", "B"): (14_036, 14_430),
+    ("qwen3-8b-h200", "A"): (10_207, 10_207),
+    ("qwen3-8b-h200", "B"): (14_355, 14_355),
 }
 """Tokens per second, the least and the most of docs/benchmarks.md in the present shape of the engine."""
 

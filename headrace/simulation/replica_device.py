@@ -60,7 +60,7 @@ class ReplicaDevice:
         self.num_decoded += num_decoding * grain
         num_read_together = self._shared_positions(plan, decodes)
         num_read = float((starts[decodes] + 0.5).sum()) * grain - num_read_together
-        whole = -(-num_prefilled // self._profile.max_num_batched_tokens)
+        whole = -(-num_prefilled // self._limits.step_tokens(len(starts)))
         return StepWork(
             num_steps=grain if num_decoding else max(1, whole),
             num_decoded=num_decoding * grain,

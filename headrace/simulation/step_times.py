@@ -28,7 +28,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     update_pause     of it: generation stands still
     start            from a process's start to its first token
     weight_bytes     of the whole model
-    max_running_requests, max_num_batched_tokens, kv_pool_tokens, page_size
+    max_running_requests, max_num_batched_tokens, prefill_step_tokens, max_step_ms, kv_pool_tokens, page_size
                      as the engine's settings of these names
     """
 
@@ -44,6 +44,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weight_bytes: float = 0.0
     max_running_requests: int = 512
     max_num_batched_tokens: int = 2048
+    prefill_step_tokens: int = 0
+    max_step_ms: float = 250.0
     kv_pool_tokens: int = 1 << 19
     page_size: int = 16
 
@@ -58,6 +60,21 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 raise ConfigError(f"{name} must be at least 1", field=name)
         if self.kv_pool_tokens < self.page_size:
             raise ConfigError("kv_pool_tokens must be at least a page", field="kv_pool_tokens")
+
+    @property
+    def max_step_cost(self) -> int:
+        """Tokens without context that a step of `max_step_ms` computes, as an engine measures it at its start; 0, any,
+        where its steps are never larger for prompts."""
+        if self.prefill_step_tokens <= self.max_num_batched_tokens:
+            return 0
+        whole = StepWork(1, 0, self.prefill_step_tokens)
+        tokens = self.prefill_step_tokens * self.max_step_ms / 1e3 / self.seconds(whole)
+        return max(self.max_num_batched_tokens, int(tokens))
+
+    @property
+    def attended_per_token(self) -> int:
+        """Positions that a token attends to in the time of its products."""
+        return max(1, round(self.token / self.attend)) if self.attend else 1 << 30
 
     def seconds(self, work: StepWork) -> float:
         """Of `work.num_steps` equal steps that do this work together."""
@@ -83,29 +100,31 @@ PROFILES = {
     "qwen3-0.6b-h200": DeviceProfile(
         fixed=0.505e-3,
         weights=0.24e-3,
-        token=2.8e-6,
+        token=2.1e-6,
         kv_read=29.4e-9,
         shared_kv_read=8.2e-9,
-        attend=0.92e-9,
+        attend=0.39e-9,
         update=5e-3,
         update_pause=2.0e-3,
         start=8.4,
         weight_bytes=1.19e9,
         max_num_batched_tokens=2048,
+        prefill_step_tokens=8192,
         kv_pool_tokens=1_080_000,
     ),
     "qwen3-8b-h200": DeviceProfile(
         fixed=1.48e-3,
         weights=2.70e-3,
-        token=23.1e-6,
+        token=22.2e-6,
         kv_read=36.8e-9,
         shared_kv_read=10.3e-9,
-        attend=2.36e-9,
+        attend=1.2e-9,
         update=37e-3,
         update_pause=2.0e-3,
         start=12.0,
         weight_bytes=16.4e9,
         max_num_batched_tokens=768,
+        prefill_step_tokens=8192,
         kv_pool_tokens=740_000,
     ),
 }

@@ -6,14 +6,18 @@ import msgspec
 import pytest
 
 from bench.simulated_workloads import MEASURED, simulate_workload
-from headrace.bench.workloads import make_workload
+from headrace.bench.workloads import Workload, make_workload
+from headrace.scheduler import Scheduler
 from headrace.simulation import simulator
 from headrace.simulation.figures import RunFigures
 from headrace.simulation.front_model import FrontCosts
 from headrace.simulation.options import SimulationOptions
+from headrace.simulation.replica_device import ReplicaDevice
+from headrace.simulation.replica_model import limits_of
 from headrace.simulation.simulator import Simulation
 from headrace.simulation.step_times import PROFILES, DeviceProfile, StepWork
 from headrace.types.errors import ConfigError
+from headrace.types.request import Request, pack_ids
 
 SMALL = SimulationOptions(
     profile="qwen3-0.6b-h200",
@@ -70,6 +74,37 @@ def test_a_whole_workload_is_predicted() -> None:
     found = simulate_workload("qwen3-8b-h200", make_workload("A"), grain=16)
     least, most = MEASURED["qwen3-8b-h200", "A"]
     assert found.tokens_per_second == pytest.approx((least + most) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("profile", "number", "measured"), [("qwen3-8b-h200", 128, 41_126), ("qwen3-0.6b-h200", 512, 338_624)]
+)
+def test_prompts_come_in_large_steps(profile: str, number: int, measured: int) -> None:
+    """As fast as docs/benchmarks.md has them."""
+    prompts = [[1 + (7919 * index + at) % 5000 for at in range(2048)] for index in range(number)]
+    found = simulate_workload(profile, Workload("A", prompts, [16] * number))
+    assert number * 2048 / found.seconds == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("grain", [1, 4])
+def test_steps_beside_rows_that_decode_keep_their_bound(grain: int) -> None:
+    options = msgspec.structs.replace(
+        SMALL, profile="qwen3-8b-h200", prompt_tokens=60_000, max_output_tokens=4096, grain=grain
+    )
+    limits = limits_of(options)
+    scheduler, num_long = Scheduler(limits), 60_000 // grain
+    device = ReplicaDevice(options.device, limits, grain, [4 + 400, num_long + 4])
+    scheduler.add(Request(0, "0", pack_ids([1] * 4), 400, seed=0), 0.0)
+    lengths, alone = [], options.device.prefill_step_tokens
+    while (plan := scheduler.plan()) is not None:
+        result, seconds = device.execute(plan)
+        lengths.append((len(plan.token_ids), seconds / grain))
+        scheduler.apply(result)
+        if len(lengths) == 2:
+            scheduler.add(Request(1, "1", pack_ids([2] * num_long), 4, seed=1), 0.0)
+    beside = [each for each in lengths if each[0] > 2]
+    assert max(seconds for _, seconds in beside) <= 1.1e-3 * options.device.max_step_ms
+    assert beside[1][0] > alone // 2 and beside[-2][0] < beside[1][0] // 2, "pieces follow what they attend to"
 
 
 @pytest.mark.parametrize("policy", ["cache_aware", "round_robin", "shortest_queue", "fewest_tokens"])
