@@ -89,6 +89,6 @@ def _curve(
     if is_log:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(axes.dataLim.ymax, 0.1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
