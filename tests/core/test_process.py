@@ -171,7 +171,7 @@ def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("executor", ["local", "free"])
 def test_a_core_may_begin_before_its_settings_are_there(executor: str) -> None:
     async def run() -> None:
-        begun = begin_process(executor=executor, imports=executor == "local")
+        begun = begin_process(executor=executor, num_ranks=int(executor == "local"))
         time.sleep(0.2)  # it waits meanwhile, or imports
         process, link = begun.configure(msgspec.msgpack.encode(tiny_config()))
         begun.close()  # which is not for it to end any more
@@ -192,7 +192,7 @@ def test_what_kept_torch_from_being_loaded_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("headrace.ipc.spawn.python_path", lambda: f"{tmp_path}{os.pathsep}{ROOT}")
 
     async def run() -> CoreProcess:
-        process, link = begin_process(imports=True).configure(msgspec.msgpack.encode(tiny_config()))
+        process, link = begin_process(num_ranks=1).configure(msgspec.msgpack.encode(tiny_config()))
         front = Front(process, link)
         await front.start()
         assert front.ready is not None and front.ready.error is not None
@@ -206,7 +206,7 @@ def test_what_kept_torch_from_being_loaded_is_told(monkeypatch: pytest.MonkeyPat
 
 def test_a_core_that_gets_no_settings_is_ended() -> None:
     before = os.listdir("/proc/self/fd")
-    begun = begin_process(imports=True)
+    begun = begin_process(num_ranks=1)
     pid = begun._process.pid
     assert runs(pid)
     begun.close()
