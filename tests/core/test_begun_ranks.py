@@ -74,7 +74,8 @@ def test_each_rank_is_told_its_own_device_once(children: list[Child]) -> None:
         [(kind, payload)] = child.sent
         assert kind == SETTINGS
         assert msgspec.msgpack.decode(payload, type=type(resolved)) == resolved.of_rank(child.rank)
-    assert ranks.take() == children
+    taken: list[Any] = [*ranks.take()]
+    assert taken == children
     ranks.close()
     assert not any(child.ended for child in children)  # whoever took them has them
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from headrace import AsyncEngine, ConfigError, Engine, EngineDeadError, HeadraceError, ShutdownError
-from headrace.engine import core_host, starting
+from headrace.engine import core_host
+from headrace.engine.core_host import resolve_settings
 from headrace.types.errors import DeviceLostError
 from tests.arch.source import ROOT, child_environment
 from tests.engine.builders import SETTINGS
@@ -29,13 +30,13 @@ RANKS: dict[str, Any] = {**SETTINGS, "tp_size": 2, "device": "cpu", "skip_tokeni
 @pytest.fixture
 def may_decide(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set the front decides nothing. Machines of one core have ranks begin, too."""
-    event, decide = threading.Event(), starting.resolve_settings
+    event = threading.Event()
 
     def decide_later(*given: Any, **more: Any) -> Any:
         assert event.wait(120.0)
-        return decide(*given, **more)
+        return resolve_settings(*given, **more)
 
-    monkeypatch.setattr(starting, "resolve_settings", decide_later)
+    monkeypatch.setattr("headrace.engine.starting.resolve_settings", decide_later)
     monkeypatch.setattr(core_host, "available_cores", lambda: 2)
     yield event
     event.set()
