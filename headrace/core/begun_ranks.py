@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 
 from headrace.config import ResolvedConfig
-from headrace.core.rank_messages import SETTINGS, encode_message
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_spawn import RankProcess, start_rank
 
@@ -31,10 +30,14 @@ class BegunRanks:
     def settle(self, resolved: ResolvedConfig) -> None:
         """Tell those who have not been told what is settled. How one has ended that cannot be told any more is said by
         whoever starts the replica."""
-        for child in self._children[self._num_settled :]:
+        told, self._num_settled = self._num_settled, len(self._children)
+        if told == self._num_settled:
+            return
+        from headrace.core.rank_messages import SETTINGS, encode_message  # which a core that is alone does without
+
+        for child in self._children[told:]:
             with contextlib.suppress(PeerClosed):
                 child.channel.send(SETTINGS, encode_message(resolved.of_rank(child.rank)))
-        self._num_settled = len(self._children)
 
     def take(self) -> list[RankProcess]:
         """They are the caller's from now on."""
