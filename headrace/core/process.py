@@ -23,7 +23,7 @@ import msgspec
 from headrace.config import ResolvedConfig
 from headrace.core.awaited_settings import SETTINGS_SECONDS, AwaitedSettings
 from headrace.core.begun_ranks import BegunRanks
-from headrace.core.service import MODULES, RANK_MODULES, load_torch, serve_core
+from headrace.core.service import CORE_MODULES, FIRST_RANK_MODULES, load_torch, serve_core
 from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.socket_link import SocketCoreLink
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     with contextlib.suppress(OSError):  # whoever needs them tries again, and says what is wrong then
         ranks.begin(options.ranks)
     awaited = AwaitedSettings(partial(_receive, link, ranks), prepares=options.ranks > 0)
-    problem = load_torch(*(RANK_MODULES if options.ranks > 1 else MODULES)) if options.ranks else None
+    problem = load_torch(*(FIRST_RANK_MODULES if options.ranks > 1 else CORE_MODULES)) if options.ranks else None
     try:
         resolved = awaited.wait()
     except (PeerClosed, *DECODE_ERRORS) as error:

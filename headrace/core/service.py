@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ExecutorKind = Literal["local", "free"] | Meeting
-MODULES = ("headrace.runner",)
-RANK_MODULES = ("headrace.core.rank_start", *MODULES)
+CORE_MODULES = ("headrace.runner",)
+FIRST_RANK_MODULES = ("headrace.core.rank_start", *CORE_MODULES)
 """Those that need torch, of a core that is all there is and of the first of several ranks."""
 
 DEVICE_LOST_EXIT_CODE = 4

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
+import threading
 import time
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -11,13 +15,15 @@ import pytest
 
 from headrace.config import EngineConfig
 from headrace.config.devices import CudaDevice
-from headrace.core import begun_ranks
+from headrace.core import awaited_settings, begun_ranks, rank_member, rank_process
 from headrace.core.begun_ranks import BegunRanks
 from headrace.core.rank_messages import SETTINGS, START, TELL, RankStart, encode_message
 from headrace.core.rank_opening import Opening
 from headrace.core.rank_start import start_ranks
 from headrace.engine import core_host
 from headrace.ipc import PeerClosed
+from headrace.ipc.rank_channel import RankChannel
+from headrace.ipc.rank_page import RankPage
 from headrace.types.errors import DeadlineError, DeviceLostError, InternalError
 from tests.core.faulty_rank import FAULT
 from tests.core.harness import tiny_config
@@ -156,6 +162,38 @@ def test_whatever_else_rank_0_says_is_refused(monkeypatch: pytest.MonkeyPatch, f
     opening: Any = Opening(Said(monkeypatch, (1.0, [frame])))  # type: ignore[arg-type]
     with pytest.raises(InternalError, match="ResolvedConfig"):
         opening.settings()
+
+
+def test_a_rank_prepares_its_device_before_it_hears_where_all_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And begins to load only then."""
+    done: list[str] = []
+    prepared = threading.Event()
+
+    def prepare(device: CudaDevice, _: str | None) -> None:
+        done.append(f"prepares {device.index}")
+        prepared.set()
+
+    def serve(resolved: Any, start: RankStart, *_: Any, on_begin: Any, on_built: Any) -> None:
+        on_begin()
+        done.append(f"serves rank {start.rank} on {resolved.cuda.index}")
+
+    def say_where(channel: RankChannel) -> None:
+        if prepared.wait(60.0):
+            channel.send(START, encode_message(PLACE))
+        else:
+            channel.close()
+
+    monkeypatch.setattr(awaited_settings, "prepare", prepare)
+    monkeypatch.setattr(rank_process, "load_torch", lambda *_: None)
+    monkeypatch.setattr(rank_member, "serve_rank", serve)
+    device = CudaDevice("H200", 1 << 37, (9, 0), 132, 4)
+    resolved = msgspec.structs.replace(tiny_config(tp_size=2), device="cuda", cuda=device, attention_backend="triton")
+    near, far = map(RankChannel, socket.socketpair())
+    with closing(near), closing(far), closing(RankPage(bytearray(4096))) as page:
+        near.send(SETTINGS, encode_message(resolved))
+        threading.Thread(target=say_where, args=(near,)).start()
+        assert rank_process._serve(far, page, os.getpid()) == 0
+    assert done == ["prepares 4", "serves rank 1 on 4"]
 
 
 def test_a_rank_that_cannot_load_torch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
