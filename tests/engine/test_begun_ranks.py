@@ -99,7 +99,6 @@ def test_a_rank_that_is_killed_meanwhile_is_named(model_folder: Path, may_decide
 def test_a_core_that_is_killed_meanwhile_takes_its_ranks_along(model_folder: Path, may_decide: threading.Event) -> None:
     told = start_in_thread(model_folder)
     core, rank = core_and_rank(os.getpid())
-    os.kill(rank, signal.SIGSTOP)
     os.kill(core, signal.SIGKILL)
     wait_for(lambda: is_gone(rank))
     may_decide.set()
