@@ -16,6 +16,10 @@ from headrace.config.cuda_driver import open_context
 from headrace.config.devices import CudaDevice
 from headrace.config.kernel_cache import use_kernel_cache
 
+SETTINGS_SECONDS = 600.0
+"""Of a wait for settings. The front decides them meanwhile, which slow files and drivers may hold up, or a signal that
+stops it. Once it is gone its processes end, long before."""
+
 logger = logging.getLogger(__name__)
 
 

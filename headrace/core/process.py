@@ -6,6 +6,7 @@ Owns what is true of the process as a whole: its descriptors, its log, and that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -20,16 +21,14 @@ from functools import partial
 import msgspec
 
 from headrace.config import ResolvedConfig
-from headrace.core.awaited_settings import AwaitedSettings
-from headrace.core.service import load_torch, serve_core
+from headrace.core.awaited_settings import SETTINGS_SECONDS, AwaitedSettings
+from headrace.core.begun_ranks import BegunRanks
+from headrace.core.service import CORE_MODULES, FIRST_RANK_MODULES, load_torch, serve_core
 from headrace.ipc import PeerClosed, Pulse, PulsePage
 from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.socket_link import SocketCoreLink
 from headrace.telemetry import LogContext, configure_logging
 
-CONFIG_TIMEOUT = 600.0
-"""It runs while the front decides, which slow files and drivers may hold up, or a signal that stops it. Once the front
-is gone the lifeline ends this process, long before."""
 PARENT_CHECK_MILLISECONDS = 1000
 ORPHANED_EXIT_CODE = 3
 logger = logging.getLogger(__name__)
@@ -45,8 +44,11 @@ def main(arguments: list[str]) -> int:
     link = SocketCoreLink(socket.socket(fileno=options.link))
     pulse = Pulse(PulsePage.map(options.pulse))
     os.close(options.pulse)
-    awaited = AwaitedSettings(partial(_receive, link), prepares=options.imports)
-    problem = load_torch() if options.imports else None
+    ranks = BegunRanks()
+    with contextlib.suppress(OSError):  # whoever needs them tries again, and says what is wrong then
+        ranks.begin(options.ranks)
+    awaited = AwaitedSettings(partial(_receive, link, ranks), prepares=options.ranks > 0)
+    problem = load_torch(*(FIRST_RANK_MODULES if options.ranks > 1 else CORE_MODULES)) if options.ranks else None
     try:
         resolved = awaited.wait()
     except (PeerClosed, *DECODE_ERRORS) as error:
@@ -59,11 +61,14 @@ def main(arguments: list[str]) -> int:
         awaited.wait_prepared()
 
     # What is built lives as long as the process: the collector need not walk it again, in the middle of a step.
-    return serve_core(resolved, link, options.executor, pulse=pulse, on_begin=begin, on_built=gc.freeze)
+    return serve_core(resolved, link, options.executor, pulse=pulse, ranks=ranks, on_begin=begin, on_built=gc.freeze)
 
 
-def _receive(link: SocketCoreLink) -> ResolvedConfig:
-    return msgspec.msgpack.decode(link.receive_frame(CONFIG_TIMEOUT), type=ResolvedConfig)
+def _receive(link: SocketCoreLink, ranks: BegunRanks) -> ResolvedConfig:
+    """The settings, which ranks that have begun wait for as well."""
+    resolved = msgspec.msgpack.decode(link.receive_frame(SETTINGS_SECONDS), type=ResolvedConfig)
+    ranks.settle(resolved)
+    return resolved
 
 
 def watch_parent(lifeline: int, parent: int) -> None:
@@ -86,7 +91,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--pulse", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--executor", choices=("local", "free"), default="local")
-    parser.add_argument("--imports", action="store_true", help="load torch before the configuration comes")
+    parser.add_argument("--ranks", type=int, default=0, help="ranks here that load torch before the settings come")
     parser.add_argument("--log-level", type=int, default=logging.INFO)
     parser.add_argument("--log-json", action="store_true")
     return parser.parse_args(arguments)

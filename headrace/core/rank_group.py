@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -176,10 +176,11 @@ class OtherRanks:
         """Send a message to all of them. Raises `DeviceLost`."""
         self._send(TELL, encode_message(message))
 
-    def tell_each(self, kind: int, payloads: Sequence[bytes]) -> None:
-        """Send to each what is for it."""
-        for process, payload in zip(self.peers, payloads, strict=True):
-            self._send_to(process, kind, payload)
+    def tell_each(self, kind: int, payloads: Mapping[int, bytes]) -> None:
+        """Send to each rank what is for it, if anything is. Raises `DeviceLost`."""
+        for process in self.peers:
+            if process.rank in payloads:
+                self._send_to(process, kind, payloads[process.rank])
 
     def send_plan(self, words: bytes) -> None:
         """The words of a plan, which all of them execute next."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from headrace.config import ResolvedConfig
 from headrace.core.executor import LocalExecutor
 from headrace.core.follower import Follower
 from headrace.core.rank_messages import REACHED, READY, TELL, RankAnswer, RankStart, encode_message
@@ -34,14 +35,18 @@ class Leave(threading.Event):
 
 
 def serve_rank(
+    resolved: ResolvedConfig,
     start: RankStart,
     channel: RankChannel,
     page: RankPage,
-    on_built: Callable[[], object],
+    *,
+    on_begin: Callable[[], object] | None = None,
+    on_built: Callable[[], object] | None = None,
     is_left: Leave | None = None,
 ) -> None:
-    """Be the rank that `start` names until rank 0 lets go: `PeerClosed`. `on_built` is called before rank 0 hears that
-    plans can be executed.
+    """Be the rank that `start` names, with the settings that hold for it, until rank 0 lets go: `PeerClosed`.
+    `on_begin` is called first, and what it raises keeps the rank from starting; `on_built` is called before rank 0
+    hears that plans can be executed.
 
     In a process that is not ours to end, `is_left` ends the waits of this rank for others, and all is freed at the end.
     Raises what keeps it from starting, which rank 0 has been told.
@@ -53,11 +58,14 @@ def serve_rank(
     freed = contextlib.ExitStack()
     try:
         try:
-            follower = _join(start, channel, page, lambda: answer(REACHED), is_left, freed)
+            if on_begin is not None:
+                on_begin()
+            follower = _join(resolved, start, channel, page, lambda: answer(REACHED), is_left, freed)
         except HeadraceError as error:
             answer(READY, error)
             raise
-        on_built()
+        if on_built is not None:
+            on_built()
         answer(READY)
         follower.run()
     finally:
@@ -66,6 +74,7 @@ def serve_rank(
 
 
 def _join(
+    resolved: ResolvedConfig,
     start: RankStart,
     channel: RankChannel,
     page: RankPage,
@@ -77,7 +86,6 @@ def _join(
     at the end goes to `freed`."""
     rendezvous = freed.enter_context(contextlib.closing(Rendezvous.reach(start.port, start.secret)))
     on_reached()
-    resolved = start.resolved
 
     def group(rank: int, num_ranks: int, name: str) -> Any:
         return rendezvous.group(rank, num_ranks, name, device=resolved.device, host=start.host, is_broken=is_left)

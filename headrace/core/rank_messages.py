@@ -10,16 +10,16 @@ from typing import Any, Final
 
 import msgspec
 
-from headrace.config import ResolvedConfig
 from headrace.types.errors import ErrorInfo
 from headrace.types.foreign import Payload
 from headrace.types.memory import MemoryTag, Restore
 from headrace.types.messages import JoinGroup
 from headrace.types.weights import BufferRef, DeviceRef, TensorInfo, UpdateMode
 
-START, PLAN, TELL, RESULT = range(4)
-"""Kinds of frames to a rank: its `RankStart`, the words of a plan, a `RankCommand`. What it sends are `RankAnswer`s,
-and where the last of several stages samples, results (`headrace.core.rank_results`)."""
+SETTINGS, START, PLAN, TELL, RESULT = range(5)
+"""Kinds of frames to a rank: the `ResolvedConfig` that holds for it, its `RankStart`, the words of a plan, a
+`RankCommand`. What it sends are `RankAnswer`s, and where the last of several stages samples, results
+(`headrace.core.rank_results`)."""
 
 REACHED: Final = -1
 """The ticket of a rank's first answer: it has found the rendezvous."""
@@ -29,10 +29,9 @@ READY: Final = 0
 
 
 class RankStart(msgspec.Struct, frozen=True, array_like=True):
-    """All that a rank has to know; `resolved` is what holds for it. `secret` is the prefix of whatever ranks tell each
+    """All that a rank has to know beside its settings. `secret` is the prefix of whatever ranks tell each
     other in the store at `port`, which is reached on loopback; `host` is the address by which other ranks reach it."""
 
-    resolved: ResolvedConfig
     rank: int
     num_ranks: int
     port: int

@@ -19,13 +19,11 @@ import sys
 import threading
 import time
 
-import msgspec
-
-from headrace.core.imports import quick_imports
+from headrace.core.awaited_settings import AwaitedSettings
 from headrace.core.process import ORPHANED_EXIT_CODE, watch_parent
-from headrace.core.rank_messages import RankStart
+from headrace.core.rank_opening import Opening
+from headrace.core.service import load_torch
 from headrace.ipc import PeerClosed
-from headrace.ipc.codec import DECODE_ERRORS
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_guest import SentPage
 from headrace.ipc.rank_page import AwakeClock, RankPage
@@ -33,7 +31,6 @@ from headrace.ipc.rank_spawn import is_stopped
 from headrace.telemetry import LogContext, configure_logging
 from headrace.types.errors import HeadraceError
 
-START_SECONDS = 60.0
 STOPPED_SECONDS = 2.0
 LOOK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -64,16 +61,19 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(channel: RankChannel, page: RankPage, parent: int) -> int:
-    with quick_imports():
-        from headrace.core.rank_member import serve_rank  # torch: the slow import, while rank 0 loads it too
-
-    start = start_of(channel)
-    if start is None:
-        return 2
+    opening = Opening(channel)
+    awaited = AwaitedSettings(opening.settings, prepares=True)
+    problem = load_torch("headrace.core.rank_member")
+    resolved = awaited.wait()
+    if problem is not None:
+        raise problem
+    start = opening.start(resolved.engine.start_timeout)
     if start.guards_parent:
         threading.Thread(target=guard, args=(parent,), daemon=True).start()
+    from headrace.core.rank_member import serve_rank
+
     try:
-        serve_rank(start, channel, page, on_built=gc.freeze)
+        serve_rank(resolved, start, channel, page, on_begin=awaited.wait_prepared, on_built=gc.freeze)
     except HeadraceError:
         return 1  # rank 0 knows it
     return 0
@@ -102,20 +102,6 @@ def guard(parent: int) -> None:
             logger.error("rank 0 (process %d) was stopped by a signal and does not go on: it is ended", parent)
             os.kill(parent, signal.SIGKILL)
             os._exit(ORPHANED_EXIT_CODE)
-
-
-def start_of(channel: RankChannel) -> RankStart | None:
-    """What rank 0 sends first."""
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        for _, payload in channel.receive(1.0):
-            try:
-                return msgspec.msgpack.decode(payload, type=RankStart)
-            except DECODE_ERRORS as error:
-                logger.error("no configuration: %s", error)
-                return None
-    logger.error("rank 0 has sent no configuration in time")
-    return None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,6 +1,6 @@
-"""Starts a replica of several ranks: the other ranks' processes first, so that all load at once. Owns the order of it:
-guests come and bring their ranks, all find the rendezvous, all join the group, each loads its share, and each says that
-it can execute plans.
+"""Starts a replica of several ranks, whose processes on this host have begun. Owns the order of it: guests come and
+bring their ranks, all find the rendezvous, all join the group, each loads its share, and each says that it can
+execute plans.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost
 from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_group import LOOK_SECONDS, Asked, OtherRanks
-from headrace.core.rank_messages import REACHED, READY, START, RankStart, encode_message
+from headrace.core.rank_messages import REACHED, READY, SETTINGS, START, RankStart, encode_message
 from headrace.core.rank_terms import GuestPlace, terms_of
 from headrace.ipc.rank_guest import GuestRank
 from headrace.ipc.rank_meeting import Meeting
@@ -46,7 +46,8 @@ def start_ranks(
     meeting: Meeting | None = None,
 ) -> RankExecutor:
     """The executor of all ranks, of which this process is the first; `build` makes its runner. Some are its `children`,
-    which are ended with it, or where there is no replica. Guests come to the `meeting`, and bring the others.
+    which have been told their settings, and are ended with it, or where there is no replica. Guests come to the
+    `meeting`, and bring the others.
 
     Raises what `build` raises, here or on another rank, `DeviceLostError` where a rank ends, and as `Meeting.gather`.
     """
@@ -57,9 +58,8 @@ def start_ranks(
             rendezvous = undo.enter_context(contextlib.closing(Rendezvous.host()))
             others = _gathered(resolved, rendezvous, children, meeting, shares_process)
             reached, ready = others.expect(REACHED), others.expect(READY)
-            others.tell_each(
-                START, [encode_message(start) for start in _starts(resolved, rendezvous, others, shares_process)]
-            )
+            others.tell_each(SETTINGS, _settings_of_guests(resolved, others))
+            others.tell_each(START, _starts(resolved, rendezvous, others, shares_process))
             others.watch()
             reached.wait(JOIN_SECONDS)
             is_broken = None if meeting is None else threading.Event()
@@ -109,20 +109,29 @@ def _gathered(
     return OtherRanks(peers, shares_process=shares_process)
 
 
+def _settings_of_guests(resolved: ResolvedConfig, others: OtherRanks) -> dict[int, bytes]:
+    """What those are told, by rank, who have not begun here."""
+    return {
+        peer.rank: encode_message(GuestPlace.decode(peer.guest.place).resolved_of(resolved, peer.number))
+        for peer in others.peers
+        if isinstance(peer, GuestRank)
+    }
+
+
 def _starts(
     resolved: ResolvedConfig, rendezvous: Rendezvous, others: OtherRanks, shares_process: bool
-) -> Iterator[RankStart]:
-    """What each of the others is told."""
-    own_host = _host_of(others)
+) -> dict[int, bytes]:
+    """What each of the others is told, by rank."""
+    found: dict[int, bytes] = {}
     for peer in others.peers:
-        common = peer.rank, resolved.num_ranks
         if isinstance(peer, GuestRank):
-            place = GuestPlace.decode(peer.guest.place)
-            found, port, host = place.resolved_of(resolved, peer.number), place.store_port, peer.guest.address
+            port, host = GuestPlace.decode(peer.guest.place).store_port, peer.guest.address
         else:
-            found, port, host = resolved.of_rank(peer.rank), rendezvous.port, own_host
+            port, host = rendezvous.port, _host_of(others)
         guards = not (shares_process or isinstance(peer, GuestRank))
-        yield RankStart(found, *common, port, rendezvous.secret, guards, host, peer.shares_memory)
+        start = RankStart(peer.rank, resolved.num_ranks, port, rendezvous.secret, guards, host, peer.shares_memory)
+        found[peer.rank] = encode_message(start)
+    return found
 
 
 def _host_of(others: OtherRanks) -> str:

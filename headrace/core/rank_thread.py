@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from headrace.config import ResolvedConfig
 from headrace.core.rank_member import Leave, serve_rank
-from headrace.core.rank_process import start_of
+from headrace.core.rank_opening import Opening
 from headrace.core.rank_terms import GuestPlace, terms_of
 from headrace.ipc import PeerClosed, SharedBuffer
 from headrace.ipc.own_threads import OwnThreads
@@ -112,9 +112,10 @@ class RankThread:
         channel, page = RankChannel(self._connections[0]), SentPage(self._connections[1])
         page.beat_in_thread()
         try:
-            start = start_of(channel)
-            if start is not None:
-                serve_rank(start, channel, page, lambda: None, self._is_left)
+            opening = Opening(channel)
+            resolved = opening.settings()
+            start = opening.start(resolved.engine.start_timeout)
+            serve_rank(resolved, start, channel, page, is_left=self._is_left)
         except PeerClosed:
             pass
         except HeadraceError as error:

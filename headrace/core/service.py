@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from headrace.config import ResolvedConfig
+from headrace.core.begun_ranks import BegunRanks
 from headrace.core.executor import Executor, LocalExecutor
 from headrace.core.faults import DeviceLost, describe, is_of_lost_device
 from headrace.core.imports import quick_imports
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ExecutorKind = Literal["local", "free"] | Meeting
+CORE_MODULES = ("headrace.runner",)
+FIRST_RANK_MODULES = ("headrace.core.rank_start", *CORE_MODULES)
+"""Those that need torch, of a core that is all there is and of the first of several ranks."""
+
 DEVICE_LOST_EXIT_CODE = 4
 _PROGRESS_SECONDS = 5.0
 
@@ -38,34 +43,39 @@ def serve_core(
     executor: ExecutorKind = "local",
     *,
     pulse: Pulse | None = None,
+    ranks: BegunRanks | None = None,
     on_begin: Callable[[], object] | None = None,
     on_built: Callable[[], object] | None = None,
     shares_process: bool = False,
 ) -> int:
     """Build a core, announce it with `CoreReady`, and step it until it is shut down. Returns the exit code.
 
-    `pulse` beats from here to the end; None: nobody feels it. `on_begin` is called first, and what it raises is a
-    failure to start; `on_built` is called once before the announcement.
+    `pulse` beats from here to the end; None: nobody feels it. `ranks` are those of this host that have begun; None:
+    none has. `on_begin` is called first, and what it raises is a failure to start; `on_built` is called once before the
+    announcement.
     `shares_process`: others compute in this process too. Never
     raises: a failure to start is told in `CoreReady.error`, a crash is answered to every live request.
     """
     with pulse or Pulse() as pulse:
         try:
-            if on_begin is not None:
-                on_begin()
-            loop = _build(resolved, link, executor, pulse, on_built, shares_process)
+            with contextlib.closing(ranks or BegunRanks(shares_process=shares_process)) as ranks:
+                if on_begin is not None:
+                    on_begin()
+                loop = _build(resolved, link, executor, pulse, ranks, on_built, shares_process)
         except Exception as error:  # process entry point
             return _report_start_failure(link, error)
         return 0 if loop is None else run_core(loop, link)
 
 
-def load_torch() -> Exception | None:
-    """Load it: it takes longer than anything else. Returns what kept it from being loaded, whatever that is: a failure
-    to start, told once the settings are there. Half loaded, torch would say something else if it were imported again.
+def load_torch(*modules: str) -> Exception | None:
+    """Load the modules that need it: it takes longer than anything else. Returns what kept it from being loaded,
+    whatever that is: a failure to start, told once the settings are there. Half loaded, torch would say something else
+    if it were imported again.
     """
     try:
         with quick_imports():
-            importlib.import_module("headrace.runner")
+            for module in modules:
+                importlib.import_module(module)
     except Exception as error:  # process entry point: others than ImportError come of it too
         return error
     return None
@@ -97,11 +107,12 @@ def _build(
     link: CoreLink,
     kind: ExecutorKind,
     pulse: Pulse,
+    ranks: BegunRanks,
     on_built: Callable[[], object] | None,
     shares_process: bool,
 ) -> CoreLoop | None:
     """The loop, announced; None when the front went away meanwhile."""
-    executor, resolved = build_executor(resolved, kind, LoadProgress(pulse), shares_process=shares_process)
+    executor, resolved = build_executor(resolved, kind, ranks, LoadProgress(pulse), shares_process=shares_process)
     loop = CoreLoop(resolved, executor, link, pulse=pulse)
     if on_built is not None:
         on_built()
@@ -127,21 +138,22 @@ def _build(
 def build_executor(
     resolved: ResolvedConfig,
     kind: ExecutorKind,
+    ranks: BegunRanks,
     on_progress: LoadProgress | None = None,
     *,
     shares_process: bool = False,
 ) -> tuple[Executor, ResolvedConfig]:
-    """What executes plans: a runner of this process, with other ranks if there are any, which come to a `Meeting` where
-    that is given; or, for "free", nothing at all. And the settings it runs with,
-    where what could only be measured is filled in."""
+    """What executes plans: a runner of this process, with other ranks if there are any, which are `ranks` or come to a
+    `Meeting` where that is given; or, for "free", nothing at all. And the settings it runs with, where what could only
+    be measured is filled in."""
     if kind == "free":
         from headrace.core.fake_executor import FreeExecutor
 
         return FreeExecutor(resolved.model.vocab_size), resolved
     if resolved.num_ranks > 1:
         meeting = kind if isinstance(kind, Meeting) else None
-        ranks = _build_ranks(resolved, meeting, on_progress, shares_process=shares_process)
-        return ranks, ranks.resolved
+        of_ranks = _build_ranks(resolved, meeting, ranks, on_progress, shares_process=shares_process)
+        return of_ranks, of_ranks.resolved
     with quick_imports(shares_process=shares_process):
         from headrace.runner import build_runner  # torch: the slow import, made in the core only
 
@@ -150,13 +162,17 @@ def build_executor(
 
 
 def _build_ranks(
-    resolved: ResolvedConfig, meeting: Meeting | None, on_progress: LoadProgress | None, *, shares_process: bool
+    resolved: ResolvedConfig,
+    meeting: Meeting | None,
+    ranks: BegunRanks,
+    on_progress: LoadProgress | None,
+    *,
+    shares_process: bool,
 ) -> RankExecutor:
-    """Several ranks. The children are started before this process loads torch, so that all load it at once."""
+    """Several ranks. Those that have not begun do so before this process loads torch, so that all load it at once."""
     if shares_process and resolved.device == "cuda" and meeting is None:
         raise ConfigError("on cuda several ranks (tp_size) need a core in a process of its own", field="inprocess")
     from headrace.core.rank_node import meet_nodes
-    from headrace.ipc.rank_spawn import start_children
 
     if meeting is None and resolved.engine.nnodes > 1:
         meeting = meet_nodes(resolved)
@@ -164,19 +180,18 @@ def _build_ranks(
     with contextlib.ExitStack() as undo:
         if meeting is not None:
             undo.callback(meeting.close)
-        children = start_children(num_here, shares_process=shares_process)
-        for child in children:
-            undo.callback(child.close, 0.0)
+        ranks.begin(num_here)
+        ranks.settle(resolved)
         with quick_imports(shares_process=shares_process):
             from headrace.core.rank_start import start_ranks
             from headrace.runner import build_runner
 
-        undo.pop_all()  # they are the replica's now
+        undo.pop_all()
 
     def build(mesh: Mesh) -> Runner | DeviceRunner:
         return build_runner(resolved, on_progress, shares_process=shares_process, mesh=mesh)
 
-    return start_ranks(resolved, build, children, shares_process=shares_process, meeting=meeting)
+    return start_ranks(resolved, build, ranks.take(), shares_process=shares_process, meeting=meeting)
 
 
 class LoadProgress:

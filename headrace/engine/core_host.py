@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from headrace.config import EngineConfig, ModelSpec, ResolvedConfig, resolve
-from headrace.config.machine import check_working_directory
+from headrace.config.machine import available_cores, check_working_directory
 from headrace.ipc import BegunCore, CoreLink, FrontLink, Pulse, PulsePage, begin_process, make_pair
 from headrace.ipc.rank_meeting import Meeting
 from headrace.text import Tokenizer
@@ -163,11 +163,17 @@ def log_ends(model: ModelSpec) -> None:
 
 
 def begin_core(config: EngineConfig, executor: ExecutorKind) -> BegunCore:
-    """Have a core's process load what takes long while its settings are decided. Several ranks load it all at once,
-    when the first knows how many they are. Raises `ConfigError` where torch could not be loaded."""
+    """Have a core's process load what takes long while its settings are decided, and so the other ranks of this host.
+    Raises `ConfigError` where torch could not be loaded."""
     check_working_directory()
     assert isinstance(executor, str), "those who come to a meeting are ranks of this process"
-    return begin_process(executor=executor, imports=executor == "local" and config.tp_size * config.pp_size == 1)
+    return begin_process(executor=executor, num_ranks=_ranks_to_begin(config) if executor == "local" else 0)
+
+
+def _ranks_to_begin(config: EngineConfig) -> int:
+    """As many as gain by it: more than there are cores would wait for each other, for settings that may be refused."""
+    num_here = config.tp_size * config.pp_size // config.nnodes
+    return max(1, min(num_here, available_cores()))
 
 
 def start_core(

@@ -111,19 +111,6 @@ def start_rank(rank: int, *, shares_process: bool) -> RankProcess:
     return RankProcess(rank, process, lifeline_write, RankChannel(near), page)
 
 
-def start_children(num_ranks: int, *, shares_process: bool) -> list[RankProcess]:
-    """Start all ranks but the first, each as `start_rank` does; none is left where one cannot be started."""
-    found: list[RankProcess] = []
-    try:
-        for rank in range(1, num_ranks):
-            found.append(start_rank(rank, shares_process=shares_process))
-    except BaseException:
-        for each in found:
-            each.close(0.0)
-        raise
-    return found
-
-
 def keep_rank(rank: int, channel: socket.socket, page: socket.socket) -> KeptRank:
     """Start the process of a rank that belongs to a rank 0 elsewhere, and has these connections to it, which it takes.
     Raises `OSError`."""

@@ -135,11 +135,12 @@ def start_process(config: bytes, *, executor: str = "local") -> tuple[CoreProces
     return begin_process(executor=executor).configure(config)
 
 
-def begin_process(*, executor: str = "local", imports: bool = False) -> BegunCore:
+def begin_process(*, executor: str = "local", num_ranks: int = 0) -> BegunCore:
     """Start `python -m headrace.core.process`, which waits for its configuration.
 
-    `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). With `imports` it loads torch
-    while it waits. Raises `OSError` when the process cannot be started.
+    `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). `num_ranks` is how many ranks
+    of this host load torch while it waits: itself, and those it starts; 0: none does. Raises `OSError` when the process
+    cannot be started.
     """
     keep_standard_numbers()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -148,7 +149,7 @@ def begin_process(*, executor: str = "local", imports: bool = False) -> BegunCor
         with SharedBuffer.create(PULSE_BYTES) as page:
             pulse = PulsePage.map(page.descriptor)
             ours.callback(pulse.close)
-            words = ["--executor", executor, *(["--imports"] if imports else [])]
+            words = ["--executor", executor, "--ranks", str(num_ranks)]
             process = _start(core.fileno(), lifeline_read, page.descriptor, words)
         ours.pop_all()  # they stay open
     return BegunCore(CoreProcess(process, lifeline_write, pulse), front)

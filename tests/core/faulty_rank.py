@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from headrace.core import follower, rank_process
+from headrace.core import follower, rank_process, service
 from headrace.runner.occupation import Occupation
 from headrace.runner.runner import Runner
 from headrace.types.errors import UnavailableError, WeightUpdateError
@@ -47,6 +48,8 @@ def break_something(fault: str) -> None:
         case "begin":
             refusal = WeightUpdateError("no room for a shadow", field="mode")
             store.WeightStore.begin = first_time(refusal, store.WeightStore.begin)  # type: ignore[method-assign]
+        case "torch":
+            service.importlib = SimpleNamespace(import_module=first_time(OSError("no libtorch"), __import__))  # type: ignore
         case "step":
             Runner._run = first_time(torch.OutOfMemoryError("no memory"), Runner._run)  # type: ignore[method-assign]
         case "result":

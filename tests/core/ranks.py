@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.config import EngineConfig, resolve
+from headrace.config import EngineConfig, ResolvedConfig, resolve
+from headrace.core.begun_ranks import BegunRanks
 from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_start import start_ranks
-from headrace.ipc.rank_spawn import start_children
+from headrace.ipc.rank_spawn import RankProcess
 from headrace.runner import build_runner
 
 STAGES = {"tp_size": 1, "pp_size": 2}
@@ -22,6 +23,14 @@ def start_two(folder: Path, settings: Mapping[str, Any]) -> RankExecutor:
     return start_ranks(
         resolved,
         lambda mesh: build_runner(resolved, mesh=mesh),
-        start_children(2, shares_process=True),
+        begun_ranks(resolved),
         shares_process=True,
     )
+
+
+def begun_ranks(resolved: ResolvedConfig) -> list[RankProcess]:
+    """All but the first, which know their settings."""
+    ranks = BegunRanks(shares_process=True)
+    ranks.begin(resolved.num_ranks)
+    ranks.settle(resolved)
+    return ranks.take()

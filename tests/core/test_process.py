@@ -37,7 +37,7 @@ from headrace.types.request import Delta, unpack_ids
 from headrace.types.weights import BufferEntry, UpdateReport
 from tests.arch.source import ROOT, child_environment
 from tests.core.harness import bucket_of, manifest_of, new_tensors, request, tiny_config
-from tests.processes import runs
+from tests.processes import children_of, runs
 
 cold = pytest.mark.usefixtures("cold_processes")  # where the start is what is tested
 
@@ -171,7 +171,7 @@ def test_a_core_that_cannot_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize("executor", ["local", "free"])
 def test_a_core_may_begin_before_its_settings_are_there(executor: str) -> None:
     async def run() -> None:
-        begun = begin_process(executor=executor, imports=executor == "local")
+        begun = begin_process(executor=executor, num_ranks=int(executor == "local"))
         time.sleep(0.2)  # it waits meanwhile, or imports
         process, link = begun.configure(msgspec.msgpack.encode(tiny_config()))
         begun.close()  # which is not for it to end any more
@@ -186,17 +186,23 @@ def test_a_core_may_begin_before_its_settings_are_there(executor: str) -> None:
 
 
 @cold
-def test_what_kept_torch_from_being_loaded_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_what_kept_torch_from_being_loaded_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_ranks: int
+) -> None:
     stub = "import builtins\nif hasattr(builtins, 'tried'): raise ImportError('again')\nbuiltins.tried = 1\n"
     (tmp_path / "torch.py").write_text(f"{stub}raise RuntimeError('its first words')\n")
     monkeypatch.setattr("headrace.ipc.spawn.python_path", lambda: f"{tmp_path}{os.pathsep}{ROOT}")
 
     async def run() -> CoreProcess:
-        process, link = begin_process(imports=True).configure(msgspec.msgpack.encode(tiny_config()))
+        begun = begin_process(num_ranks=num_ranks)
+        ranks = await_children(begun._process.pid, num_ranks - 1)
+        process, link = begun.configure(msgspec.msgpack.encode(tiny_config(tp_size=num_ranks)))
         front = Front(process, link)
         await front.start()
         assert front.ready is not None and front.ready.error is not None
         assert front.ready.error.message == "the engine core cannot start: RuntimeError: its first words"
+        assert not any(map(runs, ranks))  # they went first
         await link.close()
         process.close(5.0)
         return process
@@ -204,14 +210,23 @@ def test_what_kept_torch_from_being_loaded_is_told(monkeypatch: pytest.MonkeyPat
     assert asyncio.run(run()).exit_code == 1
 
 
+def await_children(pid: int, number: int) -> list[int]:
+    deadline = time.monotonic() + 60.0
+    while len(found := children_of(pid)) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
 def test_a_core_that_gets_no_settings_is_ended() -> None:
     before = os.listdir("/proc/self/fd")
-    begun = begin_process(imports=True)
+    begun = begin_process(num_ranks=2)
     pid = begun._process.pid
+    (rank,) = await_children(pid, 1)
     assert runs(pid)
     begun.close()
     begun.close()
-    assert not Path(f"/proc/{pid}").exists()
+    assert not Path(f"/proc/{pid}").exists() and wait_until_gone(rank, 10.0)
     assert os.listdir("/proc/self/fd") == before
     with pytest.raises(ShutdownError):
         begun.configure(b"")

@@ -20,7 +20,6 @@ from headrace.core.rank_executor import RankExecutor
 from headrace.core.rank_start import start_ranks
 from headrace.core.service import DEVICE_LOST_EXIT_CODE, run_core
 from headrace.ipc import SharedBuffer
-from headrace.ipc.rank_spawn import start_children
 from headrace.parallel import Mesh
 from headrace.runner import Runner, build_runner
 from headrace.types.errors import DeviceLostError
@@ -45,7 +44,7 @@ from headrace.types.weights import TensorInfo, UpdateBegun, UpdateMode, UpdateRe
 from headrace.weights.position_sum import PositionKeys, position_digest
 from tests.core.faulty_rank import FAULT, first_time
 from tests.core.harness import Core, request
-from tests.core.ranks import STAGES, start_two
+from tests.core.ranks import STAGES, begun_ranks, start_two
 from tests.parity.models import make_model, save_model
 from tests.runner.plans import PlanBuilder
 
@@ -427,4 +426,4 @@ def test_a_start_that_fails_tells_why_whatever_its_device_says_then(
 
     monkeypatch.setattr(rank_start, "_await_ready", lose)
     with pytest.raises(DeviceLostError, match="rank 1 is gone"):
-        start_ranks(resolved, build, start_children(2, shares_process=True), shares_process=True)
+        start_ranks(resolved, build, begun_ranks(resolved), shares_process=True)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import msgspec
 import pytest
 
 from headrace.core import rank_member
+from headrace.core.begun_ranks import BegunRanks
 from headrace.core.faults import DeviceLost
 from headrace.core.rank_group import FAILED_SECONDS, STOPPED_SECONDS, OtherRanks
 from headrace.core.rank_messages import TELL, CommitOn, RankAnswer, RankStart, command_decoder, encode_message
@@ -25,7 +27,7 @@ from headrace.core.service import build_executor
 from headrace.ipc import PeerClosed
 from headrace.ipc.rank_channel import RankChannel
 from headrace.ipc.rank_page import RankPage
-from headrace.ipc.rank_spawn import SILENT_SECONDS, RankProcess, start_children
+from headrace.ipc.rank_spawn import SILENT_SECONDS, RankProcess, start_rank
 from headrace.parallel.rendezvous import Rendezvous
 from headrace.types.errors import ConfigError, WeightUpdateError
 from headrace.types.plan import RankLost
@@ -195,22 +197,22 @@ def test_a_channel_brings_frames_of_any_size_and_tells_of_its_end() -> None:
 def test_on_cuda_ranks_do_not_share_a_callers_process() -> None:
     resolved = msgspec.structs.replace(tiny_config(tp_size=2), device="cuda")
     with pytest.raises(ConfigError, match="process of its own") as refusal:
-        build_executor(resolved, "local", shares_process=True)
+        build_executor(resolved, "local", BegunRanks(shares_process=True), shares_process=True)
     assert refusal.value.field == "inprocess"
 
 
 def test_ranks_end_where_the_first_cannot_load_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[RankProcess] = []
 
-    def start(num_ranks: int, *, shares_process: bool) -> list[RankProcess]:
-        found.extend(start_children(num_ranks, shares_process=shares_process))
-        return found
+    def start(rank: int, *, shares_process: bool) -> RankProcess:
+        found.append(start_rank(rank, shares_process=shares_process))
+        return found[-1]
 
-    monkeypatch.setattr("headrace.ipc.rank_spawn.start_children", start)
+    monkeypatch.setattr("headrace.core.begun_ranks.start_rank", start)
     monkeypatch.setitem(sys.modules, "headrace.runner", None)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(ImportError, match="headrace.runner"):
-        build_executor(tiny_config(tp_size=2), "local", shares_process=True)
+    with pytest.raises(ImportError, match="headrace.runner"), closing(BegunRanks(shares_process=True)) as ranks:
+        build_executor(tiny_config(tp_size=2), "local", ranks, shares_process=True)
     assert [rank.describe_exit() for rank in found] == ["was killed by signal 9 (Killed)"]
     assert os.listdir("/proc/self/fd") == before
 
@@ -243,8 +245,8 @@ def test_a_rank_of_a_device_that_is_left_ends_what_it_waits_for(monkeypatch: pyt
     monkeypatch.setattr(rank_member, "build_runner", build)
     resolved = msgspec.structs.replace(tiny_config(tp_size=2), device="cuda")
     near, far = channels()
-    start = RankStart(resolved, 1, 2, 1, "", False, "127.0.0.1", True)
+    start = RankStart(1, 2, 1, "", False, "127.0.0.1", True)
     with pytest.raises(RankLost):
-        rank_member.serve_rank(start, near, RankPage(mmap.mmap(-1, 4096)), lambda: None, left)
+        rank_member.serve_rank(resolved, start, near, RankPage(mmap.mmap(-1, 4096)), is_left=left)
     assert said == ["aborted", "mesh closed", "rendezvous closed"]
     far.close()
