@@ -1,5 +1,5 @@
 """One answer of the router's to a client: what stands around it on the wire, and its line in the log. Knows no
-connection but by `Client`.
+connection but by `AnswerTaker`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headrace.server.errors import RETRY_AFTER_SECONDS
 _JSON = (b"content-type", b"application/json")
 
 
-class Client(Protocol):
+class AnswerTaker(Protocol):
     """Where an answer goes."""
 
     @property
@@ -36,7 +36,7 @@ class Client(Protocol):
 class Exchange:
     """One request's answer on its way out: `reply`, or `begin`, any number of `send`, and `end`."""
 
-    def __init__(self, client: Client, head: Head) -> None:
+    def __init__(self, client: AnswerTaker, head: Head) -> None:
         self._client = client
         self._head = head
         self._is_chunked, self._has_body = False, True

@@ -54,7 +54,7 @@ class FrontBounds(msgspec.Struct, frozen=True):
     write_timeout: float
 
 
-class Refusal(NamedTuple):
+class EarlyAnswer(NamedTuple):
     """The answer to a request that is not read further: its error body, and headers beside those of every error."""
 
     body: dict[str, Any]
@@ -64,7 +64,7 @@ class Refusal(NamedTuple):
 class Handler(Protocol):
     """What stands behind the connections."""
 
-    def refusal(self, head: Head) -> Refusal | None:
+    def refusal(self, head: Head) -> EarlyAnswer | None:
         """The answer to a request that is not to be read further; None for one that is."""
         ...
 
@@ -119,7 +119,7 @@ class ClientConnection(asyncio.Protocol):
             else:
                 message = f"body did not come within {self._limit:g} s"
                 late = error_body(408, message, param="body", retryable=True, err_type=DeadlineError.__name__)
-                self._refuse(Refusal(late))
+                self._refuse(EarlyAnswer(late))
 
     def abort(self) -> None:
         """Close it now."""
@@ -201,7 +201,7 @@ class ClientConnection(asyncio.Protocol):
             if self._head is not None and (body := self._read_body(self._head)) is not None:
                 self._begin(self._head, body)
         except FramingError as error:
-            self._refuse(Refusal(error_body(error.status, str(error), err_type=RequestError.__name__)))
+            self._refuse(EarlyAnswer(error_body(error.status, str(error), err_type=RequestError.__name__)))
 
     def _begin_at_once(self, data: bytes) -> bool:
         """Begin the request that `data` is, without a copy in the buffer; False if it is no more or less than one, or
@@ -301,7 +301,7 @@ class ClientConnection(asyncio.Protocol):
         if not exchange.has_begun and not self._is_lost:
             exchange.error(body_of(error))
 
-    def _refuse(self, refusal: Refusal, head: Head | None = None) -> None:
+    def _refuse(self, refusal: EarlyAnswer, head: Head | None = None) -> None:
         """Answer a request that is read no further; the connection ends with it, unless all of it is here."""
         last = head or Head([], 0, False)
         is_whole = head is not None and head.body_size == 0 and head.keeps_alive and refusal.body["code"] != 401
