@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 
 from headrace.server.framing import Parser, ParsingQueue
 from headrace.server.half_closed import INTERIM, HalfClosed
+from headrace.types.carried import CARRY_HEADER
 
 FIRST_BYTE_SECONDS = 30.0
 HEADER_SECONDS = 10.0
@@ -107,10 +108,11 @@ class Connection(H11Protocol):
             self.on_lost()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends nothing more. What it has asked for is answered if it still listens; HTTP/1.0 has no way to
-        find that out. May be called again, as reading goes on."""
+        """The client sends nothing more. What it has asked for is answered if it still listens. HTTP/1.0 has no way to
+        find that out, and a router that has stopped sending is gone: it may bring the same call again at once. May be
+        called again, as reading goes on."""
         is_asked = self._waiting or not self._is_between_requests and self.has_all
-        if not is_asked or self.is_lingering or self.scope is not None and self.scope["http_version"] == "1.0":
+        if not is_asked or self.is_lingering or self._is_of_old_or_router:
             return False
         if self._half_closed is None:
             self._half_closed = HalfClosed(self.loop, self._probe)
@@ -121,6 +123,11 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self._half_closed is not None and self._is_between_requests and not self._waiting:
             self.transport.close()
+
+    @property
+    def _is_of_old_or_router(self) -> bool:
+        scope = self.scope
+        return scope is not None and (scope["http_version"] == "1.0" or CARRY_HEADER in dict(scope["headers"]))
 
     async def verdict(self) -> None:
         """Wait until `is_gone` is known of a client that sends nothing more."""

@@ -296,6 +296,20 @@ def test_who_closes_his_sending_side_behind_his_request_is_answered(served: Serv
     assert [each.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for each in answers] == [stream, stream, False]
 
 
+def test_who_leaves_may_ask_again_by_the_same_name_at_once(served: Served) -> None:
+    body = {"input_ids": [1], "rid": "same", "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
+    for _ in range(5):
+        raw = json.dumps(body).encode()
+        with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+            client.sendall(
+                b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(raw), raw)
+            )
+            wait_for(lambda: served.engine.metrics()["num_running"] == 1)
+        again = served.http.post("/generate", json={**body, "sampling_params": {"max_new_tokens": 1}})
+        assert again.status_code == 200, again.text
+        wait_for(lambda: served.engine.metrics()["num_running"] == 0)
+
+
 def test_who_sends_half_a_request_and_no_more_is_answered_nothing(bare: Callable[..., Bare]) -> None:
     server = bare()
     post = GET.replace(b"GET /health", b"POST /x").replace(b"\r\n\r\n", b"\r\ncontent-length: 9\r\n\r\n")
