@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_alike
-from headrace.cluster.front import Exchange
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.http_parts import Head, own_request
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica, Replicas

@@ -10,27 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import msgspec
 
 from headrace.cluster.eager import EagerCall
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.http_parts import (
-    LAST_CHUNK,
     MAX_HEAD_BYTES,
     ChunkReader,
     FramingError,
     Head,
-    Headers,
     HeadReader,
-    in_chunk,
     parse_request,
-    status_line,
-    write_head,
 )
-from headrace.server.access_log import log_answer
-from headrace.server.errors import RETRY_AFTER_SECONDS, body_of, error_body
+from headrace.server.errors import body_of, error_body
+from headrace.server.half_closed import INTERIM, HalfClosed
 from headrace.server.listening import SPARE_DESCRIPTORS, raise_descriptor_limit
 from headrace.types.errors import DeadlineError, HeadraceError, InternalError, RequestError
 
@@ -59,95 +54,24 @@ class FrontBounds(msgspec.Struct, frozen=True):
     write_timeout: float
 
 
+class EarlyAnswer(NamedTuple):
+    """The answer to a request that is not read further: its error body, and headers beside those of every error."""
+
+    body: dict[str, Any]
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
 class Handler(Protocol):
     """What stands behind the connections."""
 
-    def refusal(self, head: Head) -> dict[str, Any] | None:
-        """The error body for a request that is not to be read further; None for one that is."""
+    def refusal(self, head: Head) -> EarlyAnswer | None:
+        """The answer to a request that is not to be read further; None for one that is."""
         ...
 
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """Answer a request. Cancelled when the client goes away; a `HeadraceError` is answered here. No task of
         asyncio's, but an `EagerCall`."""
         ...
-
-
-class Exchange:
-    """One request's answer on its way out: `reply`, or `begin`, any number of `send`, and `end`."""
-
-    def __init__(self, connection: ClientConnection, head: Head) -> None:
-        self._connection = connection
-        self._head = head
-        self._is_chunked, self._has_body = False, True
-        self._ends_connection = False  # its body has no other end
-        self.has_begun = False
-        self.is_complete = False
-        self.status = 0
-        self.media_type = b""
-        """Of an answer whose length is not known."""
-        self._num_bytes, self._refusal = 0, b""
-        self._began = time.perf_counter()
-
-    def reply(self, status: int, headers: Headers, body: bytes, lines: bytes = b"") -> None:
-        """A whole answer. `lines`: further headers, each with the end of its line."""
-        self.status, self.has_begun, self.is_complete = status, True, True
-        headers = [*headers, (b"content-length", b"%d" % len(body)), *self._last_words()]
-        if self._head.method == "HEAD":
-            body = b""
-        self._num_bytes, self._refusal = len(body), body if status >= 400 else b""
-        self._connection.write(write_head(status_line(status), headers, lines) + body)
-
-    def error(self, body: dict[str, Any]) -> None:
-        """A whole answer that is an error, as a server's."""
-        headers = [_JSON]
-        if body["retryable"]:
-            headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
-        self.reply(body["code"], headers, msgspec.json.encode(body))
-
-    def begin(self, status: int, media_type: bytes, lines: bytes) -> None:
-        """The head of an answer whose length is not known. `lines`: its headers, each with the end of its line."""
-        self.status, self.has_begun, self.media_type = status, True, media_type
-        self._has_body = self._head.method != "HEAD"
-        self._is_chunked = self._has_body and not self._head.is_old
-        self._ends_connection = self._has_body and self._head.is_old
-        headers: Headers = [(b"transfer-encoding", b"chunked")] if self._is_chunked else []
-        self._connection.write(write_head(status_line(status), [*headers, *self._last_words()], lines))
-
-    async def send(self, data: bytes) -> None:
-        """A part of it; waits while the client does not take what it was sent."""
-        if data and self._has_body:  # an empty chunk would be the last one
-            self._num_bytes += len(data)
-            self._connection.write(in_chunk(data) if self._is_chunked else data)
-        await self._connection.drain()
-
-    def end(self) -> None:
-        """The end of it."""
-        self.is_complete = True
-        if self._is_chunked:
-            self._connection.write(LAST_CHUNK)
-
-    def log(self, client: str, head: Head | None) -> None:
-        """Write its line to the log; `head` is None of what was no request."""
-        method, path = (head.method, head.path) if head is not None else ("-", "-")
-        log_answer(client, method, path, self.status, self._num_bytes, self.seconds(), self._refusal)
-
-    def seconds(self) -> float:
-        """Since the whole request was there."""
-        return time.perf_counter() - self._began
-
-    @property
-    def keeps_connection(self) -> bool:
-        """True when the client may send its next request."""
-        return self.is_complete and not self._is_last
-
-    @property
-    def _is_last(self) -> bool:
-        return not self._head.keeps_alive or self._ends_connection or self._connection.front.is_closing
-
-    def _last_words(self) -> Headers:
-        if self._is_last:
-            return [(b"connection", b"close")]
-        return [(b"connection", b"keep-alive")] if self._head.is_old else []
 
 
 class ClientConnection(asyncio.Protocol):
@@ -166,9 +90,16 @@ class ClientConnection(asyncio.Protocol):
         self._is_full = self._is_lost = self._is_lingering = False
         self._is_due = False
         """The next request is looked for soon."""
+        self._exchange: Exchange | None = None
+        self._half_closed: HalfClosed | None = None
         self._num_unsent, self._unsent_since = 0, 0.0
         self._limit = FIRST_BYTE_SECONDS
         self._waiting_since = self._loop.time()
+
+    @property
+    def is_closing(self) -> bool:
+        """True when no further request is taken."""
+        return self.front.is_closing
 
     @property
     def is_busy(self) -> bool:
@@ -187,7 +118,8 @@ class ClientConnection(asyncio.Protocol):
                 self._transport.abort()
             else:
                 message = f"body did not come within {self._limit:g} s"
-                self._refuse(error_body(408, message, param="body", retryable=True, err_type=DeadlineError.__name__))
+                late = error_body(408, message, param="body", retryable=True, err_type=DeadlineError.__name__)
+                self._refuse(EarlyAnswer(late))
 
     def abort(self) -> None:
         """Close it now."""
@@ -216,6 +148,8 @@ class ClientConnection(asyncio.Protocol):
         self._is_lost = True
         self.resume_writing()
         self.front.discard(self)
+        if self._half_closed is not None:
+            self._half_closed.close()
         if self._call is not None:
             self._call.cancel()
 
@@ -227,6 +161,20 @@ class ClientConnection(asyncio.Protocol):
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         self._go_on()
+
+    def eof_received(self) -> bool:
+        """The client sends nothing more. What it has asked for is answered if it still listens; HTTP/1.0 has no way to
+        find that out."""
+        is_old = self._head is not None and self._head.is_old
+        if self._is_lingering or is_old or (self._call is None and not self._is_due):
+            return False
+        if self._half_closed is None:
+            self._half_closed = HalfClosed(self._loop, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        if self._exchange is not None and not self._exchange.has_begun:
+            self.write(INTERIM)
 
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
@@ -253,7 +201,7 @@ class ClientConnection(asyncio.Protocol):
             if self._head is not None and (body := self._read_body(self._head)) is not None:
                 self._begin(self._head, body)
         except FramingError as error:
-            self._refuse(error_body(error.status, str(error), err_type=RequestError.__name__))
+            self._refuse(EarlyAnswer(error_body(error.status, str(error), err_type=RequestError.__name__)))
 
     def _begin_at_once(self, data: bytes) -> bool:
         """Begin the request that `data` is, without a copy in the buffer; False if it is no more or less than one, or
@@ -294,7 +242,7 @@ class ClientConnection(asyncio.Protocol):
         if head.body_size is None or len(self._buffer) < head.body_size:
             self._wait(self.front.bounds.body_timeout)
         if head.expects_continue:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.write(INTERIM)
 
     def _read_body(self, head: Head) -> bytes | None:
         """The body, once it is whole."""
@@ -314,7 +262,8 @@ class ClientConnection(asyncio.Protocol):
         return body
 
     def _begin(self, head: Head, body: bytes) -> None:
-        self._call = EagerCall(self._answer(head, body, Exchange(self, head)), self._loop)
+        self._exchange = Exchange(self, head)
+        self._call = EagerCall(self._answer(head, body, self._exchange), self._loop)
         self._call.go_on()
 
     async def _answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
@@ -330,7 +279,7 @@ class ClientConnection(asyncio.Protocol):
         """A request is answered, or not."""
         if self.front.logs_answers:
             exchange.log(self._client, self._head)
-        self._call = self._head = None
+        self._call = self._head = self._exchange = None
         if self._is_lost:
             return
         if not exchange.is_complete:
@@ -339,6 +288,8 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
         elif self._buffer:
             self._go_on_soon()
+        elif self._half_closed is not None:
+            self._transport.close()
         else:
             self._wait(IDLE_SECONDS)
 
@@ -350,14 +301,14 @@ class ClientConnection(asyncio.Protocol):
         if not exchange.has_begun and not self._is_lost:
             exchange.error(body_of(error))
 
-    def _refuse(self, body: dict[str, Any], head: Head | None = None) -> None:
-        """Answer a request that is read no further; the connection ends with it."""
+    def _refuse(self, refusal: EarlyAnswer, head: Head | None = None) -> None:
+        """Answer a request that is read no further; the connection ends with it, unless all of it is here."""
         last = head or Head([], 0, False)
-        is_whole = head is not None and head.body_size == 0 and head.keeps_alive and body["code"] != 401
+        is_whole = head is not None and head.body_size == 0 and head.keeps_alive and refusal.body["code"] != 401
         if not is_whole:
             last = last.changed(keeps_alive=False, is_old=False)
         exchange = Exchange(self, last)
-        exchange.error(body)
+        exchange.error(refusal.body, *refusal.headers)
         if self.front.logs_answers:
             exchange.log(self._client, head or self._head)
         self._head = None
@@ -385,6 +336,8 @@ class ClientConnection(asyncio.Protocol):
             self._wait(HEAD_SECONDS if self._buffer else IDLE_SECONDS)
         if self._buffer:
             self._advance()
+        if self._half_closed is not None and self._call is None and not self._is_due:
+            self._transport.close()  # what is left is no whole request, and will not be
         if len(self._buffer) <= _MAX_BACKLOG_BYTES or not (self._is_due or self._call is not None):
             self._transport.resume_reading()
 

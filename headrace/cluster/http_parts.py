@@ -35,6 +35,9 @@ HOP_HEADERS = frozenset(
 )
 """Of one connection: not passed on."""
 
+BODILESS = frozenset((204, 304))
+"""Statuses of answers without a body, whose length is not told either."""
+
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
@@ -144,7 +147,7 @@ def parse_answer(raw: bytes) -> Head:
         raise FramingError("this is no status line of HTTP/1.1")
     status, is_old = int(found[2]), found[1] == b"0"
     headers, fields = _parse_headers(raw, lines)
-    size = 0 if status < 200 or status in (204, 304) else _body_size(fields)
+    size = 0 if status < 200 or status in BODILESS else _body_size(fields)
     ends = size == -1
     keeps_alive = not ends and _keeps_alive(fields, is_old)
     return Head(headers, None if ends else size, keeps_alive, status=status, is_old=is_old, ends_with_connection=ends)

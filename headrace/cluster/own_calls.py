@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from headrace.cluster.front import Exchange
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
 from headrace.cluster.metrics import CONTENT_TYPE, RouterMetrics

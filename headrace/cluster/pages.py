@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from headrace.cluster.front import Exchange
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.http_parts import Head
 from headrace.cluster.lookout import Lookout
 from headrace.cluster.metrics import CONTENT_TYPE

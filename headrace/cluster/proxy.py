@@ -13,7 +13,7 @@ import contextlib
 
 import msgspec
 
-from headrace.cluster.front import Exchange
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.http_parts import Head
 from headrace.cluster.messages import REPLICA_HEADER, RequestParts, instance_of, lines_back
 from headrace.cluster.metrics import RouterMetrics

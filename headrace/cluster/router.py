@@ -8,12 +8,12 @@ import functools
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from headrace.cluster.catch_up import CatchUp
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.fan_out import FanOut
 from headrace.cluster.fleet import Fleet
-from headrace.cluster.front import Exchange, Front, FrontBounds, not_found
+from headrace.cluster.front import EarlyAnswer, Front, FrontBounds, not_found
 from headrace.cluster.groups import SharedGroups
 from headrace.cluster.health import Watch
 from headrace.cluster.http_parts import Head
@@ -100,20 +100,20 @@ class ReplicaRouter:
             each.upstream.close()
         await asyncio.sleep(0)  # the transports close
 
-    def refusal(self, head: Head) -> dict[str, Any] | None:
+    def refusal(self, head: Head) -> EarlyAnswer | None:
         """See `Handler`."""
-        route, body = head.derived(self._judged)
-        if body is None and self._own.is_draining and route is not None and route.treatment != "own":
-            return body_of(ShutdownError("the router is shutting down"))
-        return body
+        route, refusal = head.derived(self._judged)
+        if refusal is None and self._own.is_draining and route is not None and route.treatment != "own":
+            return EarlyAnswer(body_of(ShutdownError("the router is shutting down")))
+        return refusal
 
-    def _judged(self, head: Head) -> tuple[RouterRoute | None, dict[str, Any] | None]:
-        """The route of a request, and the error body for one that is refused. Neither the keys nor anything else that
+    def _judged(self, head: Head) -> tuple[RouterRoute | None, EarlyAnswer | None]:
+        """The route of a request, and the answer to one that is refused. Neither the keys nor anything else that
         decides it ever changes."""
         route = route_of(head.path)
         needed = "data" if route is None else route.access
         body = refusal_of({"headers": head.headers}, needed, self._keys, self._hosts)
-        return route, body or _misdirected(head, route)
+        return route, EarlyAnswer(body) if body else _misdirected(head, route)
 
     async def answer(self, head: Head, body: bytes, exchange: Exchange) -> None:
         """See `Handler`."""
@@ -150,13 +150,14 @@ class ReplicaRouter:
             await self._sessions.command(head, body, exchange)
 
 
-def _misdirected(head: Head, route: RouterRoute | None) -> dict[str, Any] | None:
-    """The error body for what is no call of a router."""
+def _misdirected(head: Head, route: RouterRoute | None) -> EarlyAnswer | None:
+    """The answer to what is no call of a router."""
     what = f"{head.method} {head.path[:200]}"
     if route is None:
-        return not_found(what)
+        return EarlyAnswer(not_found(what))
     if ("GET" if head.method == "HEAD" else head.method) not in route.methods:
-        return error_body(405, f"Method Not Allowed: {what}", kind="405")
+        allowed = ", ".join((*route.methods, "HEAD") if "GET" in route.methods else route.methods)
+        return EarlyAnswer(error_body(405, f"Method Not Allowed: {what}", kind="405"), ((b"allow", allowed.encode()),))
     if route.treatment == "refuse":
-        return error_body(501, f"{what} does not go through a router: {route.advice}")
+        return EarlyAnswer(error_body(501, f"{what} does not go through a router: {route.advice}"))
     return None

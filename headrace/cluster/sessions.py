@@ -17,8 +17,8 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from headrace.cluster.asking import ReplicaAnswer, failure_of
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.fan_out import reply_packed
-from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.replicas import RemoteReplica

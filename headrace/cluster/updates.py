@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from headrace.cluster.asking import ReplicaAnswer, ask_each, failure_of, said_alike
+from headrace.cluster.exchange import Exchange
 from headrace.cluster.fan_out import reply_json
-from headrace.cluster.front import Exchange
 from headrace.cluster.http_parts import Head, own_request
 from headrace.cluster.metrics import RouterMetrics
 from headrace.cluster.options import RouterOptions

@@ -131,7 +131,7 @@ def pause(replica: Replica, command: Pause, now: float) -> None:
     """Stop stepping; `PauseControl` answers when the mode's promise holds."""
     if command.mode == "drain":
         replica.update.check_drain()
-    replica.pause.pause(command.call_id, command.mode, now, command.deadline, lacks=replica.memory.is_wanted)
+    replica.pause.pause(command.call_id, command.mode, command.deadline)
 
 
 def resume(replica: Replica, command: Resume, now: float) -> None:

@@ -20,7 +20,6 @@ from headrace.core.outbox import Outbox
 from headrace.core.stepping import Stepper
 from headrace.scheduler import Scheduler
 from headrace.types.errors import DeadlineError, HeadraceError, UpdateConflictError
-from headrace.types.messages import NO_DEADLINE
 from headrace.types.weights import PauseMode
 
 
@@ -61,14 +60,11 @@ class PauseControl:
         """When a drain fails; None when none is going on."""
         return min((each.waits_until for each in self.pauses.values() if each.waits_until is not None), default=None)
 
-    def pause(
-        self, call_id: int, mode: PauseMode, now: float, deadline: float = NO_DEADLINE, *, lacks: bool = False
-    ) -> None:
-        """Pause, and reply when the mode's promise holds. A later pause replaces one that still drains. `lacks` as for
-        `advance`."""
+    def pause(self, call_id: int, mode: PauseMode, deadline: float) -> None:
+        """Pause, and reply when the mode's promise holds: of a drain, in `advance`. A later pause replaces one that
+        still drains."""
         if mode == "drain":
             self.pauses[call_id] = _Pause(mode, deadline)
-            self.advance(now, lacks=lacks)
             return
         self.end(UpdateConflictError("a later pause replaced this one"))
         self.pauses[call_id] = _Pause(mode)
@@ -82,7 +78,7 @@ class PauseControl:
         self.end(UpdateConflictError("generation was resumed before it had drained"))
         self.pauses.clear()
 
-    def advance(self, now: float, *, lacks: bool = False, holder: str = "") -> None:
+    def advance(self, now: float, *, lacks: bool, holder: str) -> None:
         """Fail drains whose time is up, and complete the others when nothing started is left, or what is cannot run.
 
         `lacks`: generation stands still for want of memory or weights, until a call brings them. `holder`: which update

@@ -215,7 +215,6 @@ class MemoryControl:
         self.released -= tags
         self.lacks -= taken
         if has_weights:
-            self._has_copy = False
             self._update.machine.restore(has_values=source != "await")
             if self._update.machine.refusal() is not None:
                 self.lacks.add(_VALUES)

@@ -131,7 +131,7 @@ class Calls:
         if not isinstance(message, (GetStatus, GiveUp, Shutdown)):
             message = msgspec.structs.replace(message, deadline=deadline, wants_status=wants_status)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(_look_at)
+        answer.add_done_callback(look_at)
         call = Call(self._num_calls, type(message).__name__, deadline, answer)
         self._send(message)
         self._waiting[call.call_id] = call
@@ -173,8 +173,8 @@ async def outlast(cleaning: Coroutine[Any, Any, object]) -> None:
         task.result()
 
 
-def _look_at(answer: asyncio.Future[bytes]) -> None:
-    """The error of a call that was given up is nobody's: asyncio need not complain that no one looked at it."""
+def look_at(answer: asyncio.Future[Any]) -> None:
+    """The error of what was given up is nobody's: asyncio need not complain that no one looked at it."""
     if not answer.cancelled():
         answer.exception()
 

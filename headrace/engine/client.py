@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from headrace.engine.calls import Calls
+from headrace.engine.calls import Calls, look_at
 from headrace.engine.health import Ailment, HealthLimits, diagnose
 from headrace.engine.ledger import Ledger
 from headrace.engine.work_log import WorkLog
@@ -127,6 +127,7 @@ class CoreClient:
             raise _copy(self._end)
         loop = asyncio.get_running_loop()
         self._ready, self._has_said_why = loop.create_future(), False
+        self._ready.add_done_callback(look_at)  # an end of this client may come before anybody waits
         await self._link.start(self._on_output, self._on_close)
         try:
             ready = await asyncio.wait_for(self._ready, timeout)

@@ -59,7 +59,8 @@ def checked(before: Generation) -> Generation:
         raise _no_sample("lists that do not fit its tokens")
     if any(len(getattr(before, name)) not in (0, before.num_prompt_tokens) for name in _PER_PROMPT_TOKEN):
         raise _no_sample("scores that do not fit its prompt")
-    if not 0 <= before.seed < 1 << 64:
+    has_seed = before.finish_reason == "error" if before.seed is None else 0 <= before.seed < 1 << 64
+    if not has_seed:
         raise _no_sample("a seed that is none")
     return before
 

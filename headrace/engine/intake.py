@@ -100,6 +100,7 @@ class Intake:
 
     def _refused(self, item: GenerateItem, error: HeadraceError) -> Stream:
         """A stream that ends with `error` at once, and is never among the live ones."""
+        item = msgspec.structs.replace(item, refusal=error.info())
         stream = Stream(item, self._builder.refused(item, self._client.new_handle()), None, lambda *_: None)
         stream.on_failure(error)
         return stream

@@ -278,9 +278,8 @@ class RequestBuilder:
         self._check_ids(ids, "before")
 
     def refused(self, item: GenerateItem, handle: int) -> Request:
-        """What stands for `item`, which has a refusal, in the front: nothing of it is checked again or sent."""
-        seed, prompt = self._seed_of(item), item.packed or b""
-        return Request(handle, item.request_id, prompt, 0, seed, logprobs=item.logprobs)
+        """What stands for `item`, of which nothing is to be drawn, in the front: it is not checked again, nor sent."""
+        return Request(handle, item.request_id, item.packed or b"", 0, 0, logprobs=item.logprobs)
 
     def _settle(self, item: GenerateItem, packed: bytes) -> GenerateItem:
         """`item` with its prompt, after checking that it can run on this engine whatever else runs."""

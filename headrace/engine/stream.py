@@ -239,6 +239,8 @@ class Stream:
         fields = self.sample.more_from(start)
         if (before := self.item.before) is not None:
             fields |= {name: getattr(before, name) for name in ("num_prompt_tokens", "num_cached_tokens")}
+        if self.item.refusal is not None:
+            fields["seed"] = None
         finish = self._finish
         if finish is not None:
             fields["times"] = times_of(self.queued_at, self.sample.times, self.ended_at)

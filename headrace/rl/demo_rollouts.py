@@ -46,7 +46,7 @@ class Rollout(msgspec.Struct, frozen=True):
     answer: int
     reward: float
     finish_reason: FinishReason
-    seed: int
+    seed: int | None
 
     @property
     def loss_mask(self) -> list[int]:

@@ -172,7 +172,10 @@ def _winners(block: Float32Array, bounds: Float32Array, temperatures: Float64Arr
     reach = (bounds[np.arange(num_rows), best] * exact_over_bound * _BOUND_SLACK).astype(np.float32)
     # One flat index: numpy finds those far faster than pairs.
     rows, ids = np.divmod(np.flatnonzero(bounds >= reach[:, None]), bounds.shape[1])
-    scores = block[rows, ids] / temperatures[rows] + gumbel_of(noise_words(keys[rows], ids[:, None])[:, 0])
+    # From one logit of the row on: a large one divided by a small temperature would leave no bits for the noise.
+    with np.errstate(invalid="ignore"):
+        logits = block[rows, ids].astype(np.float64) - block[rows, best[rows]]
+    scores = logits / temperatures[rows] + gumbel_of(noise_words(keys[rows], ids[:, None])[:, 0])
     order = np.lexsort((ids, -scores, rows))
     first = order[np.flatnonzero(np.diff(rows[order], prepend=-1))]
     best[rows[first]] = ids[first]

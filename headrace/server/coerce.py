@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from headrace.server.errors import MethodError
 from headrace.server.wire import convert, decode_object, read_body
 from headrace.types.errors import RequestError, RequestTooLargeError
 
@@ -23,12 +24,6 @@ class MediaTypeError(RequestError):
     """The body is not announced as JSON."""
 
     status = 415
-
-
-class MethodError(RequestError):
-    """The call changes something, and was made by a method that only reads."""
-
-    status = 405
 
 
 async def read_control(request: Request, kind: type[Body], query: Mapping[str, Any] | None = None) -> Body:

@@ -20,6 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from headrace.server.framing import Parser, ParsingQueue
+from headrace.server.half_closed import INTERIM, HalfClosed
+from headrace.types.carried import CARRY_HEADER
 
 FIRST_BYTE_SECONDS = 30.0
 HEADER_SECONDS = 10.0
@@ -59,6 +61,7 @@ class Connection(H11Protocol):
         self._has_begun = False
         self._num_unsent = 0
         self._unsent_since = 0.0
+        self._half_closed: HalfClosed | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -99,8 +102,41 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, or was sent away."""
         super().connection_lost(exc)
+        if self._half_closed is not None:
+            self._half_closed.close()
         if self.on_lost is not None and self.is_gone:
             self.on_lost()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends nothing more. What it has asked for is answered if it still listens. HTTP/1.0 has no way to
+        find that out, and a router that has stopped sending is gone: it may bring the same call again at once. May be
+        called again, as reading goes on."""
+        is_asked = self._waiting or not self._is_between_requests and self.has_all
+        if not is_asked or self.is_lingering or self._is_of_old_or_router:
+            return False
+        if self._half_closed is None:
+            self._half_closed = HalfClosed(self.loop, self._probe)
+        return True
+
+    def on_response_complete(self) -> None:
+        """An answer is sent: behind the last that is due a connection ends on which nothing more comes."""
+        super().on_response_complete()
+        if self._half_closed is not None and self._is_between_requests and not self._waiting:
+            self.transport.close()
+
+    @property
+    def _is_of_old_or_router(self) -> bool:
+        scope = self.scope
+        return scope is not None and (scope["http_version"] == "1.0" or CARRY_HEADER in dict(scope["headers"]))
+
+    async def verdict(self) -> None:
+        """Wait until `is_gone` is known of a client that sends nothing more."""
+        if self._half_closed is not None:
+            await self._half_closed.verdict()
+
+    def _probe(self) -> None:
+        if not (self._is_between_requests or self.cycle.response_started or self.transport.is_closing()):
+            self.transport.write(INTERIM)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client. What costs much to parse waits in line with that of all other connections."""

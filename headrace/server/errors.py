@@ -17,12 +17,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.types.errors import ErrorInfo, HeadraceError, InternalError
+from headrace.types.errors import ErrorInfo, HeadraceError, InternalError, RequestError
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 _INTERNAL = "internal error; the server's log has the details"
+
+
+class MethodError(RequestError):
+    """The call changes something, and was made by a method that only reads: it needs a POST."""
+
+    status = 405
 
 
 def error_body(
@@ -61,9 +67,11 @@ def event_body(error: HeadraceError) -> dict[str, Any]:
     return {"error": body_of(error, kind)["error"]}
 
 
-def respond(body: Mapping[str, Any]) -> Response:
-    """An error body as a response, which has the status that it says."""
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if body["retryable"] else None
+def respond(body: Mapping[str, Any], allowed: str = "") -> Response:
+    """An error body as a response, which has the status that it says. `allowed`: of a 405, the methods that are."""
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if body["retryable"] else {}
+    if allowed:
+        headers["allow"] = allowed
     return Response(msgspec.json.encode(body), body["code"], headers, "application/json")
 
 
@@ -74,14 +82,16 @@ def refusal(error: HeadraceError, **more: Any) -> Response:
 
 async def on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
-    return respond(body_of(error))
+    return respond(body_of(error), "POST" if isinstance(error, MethodError) else "")
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Exception handler for what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     status, what = error.status_code, f"{request.method} {request.url.path}"
-    return respond(error_body(status, f"{error.detail}: {what}", kind=str(status)))
+    return respond(
+        error_body(status, f"{error.detail}: {what}", kind=str(status)), (error.headers or {}).get("Allow", "")
+    )
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:

@@ -85,6 +85,8 @@ class WaitingCalls:
         with dropping(request.scope, lambda: waiting.give_up(_gone()), self._on_disconnect):
             try:
                 value = await waiting.answer
+                if regret is not None:
+                    await client.verdict()
             except asyncio.CancelledError:  # this call is cancelled, or the task was, by neither of us
                 waiting.give_up(_ended())
                 await outlast(waiting.leave_nothing())

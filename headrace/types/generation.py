@@ -85,7 +85,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     times                 when it was queued, started, had its first token and ended; None on a stream piece that is not
                           the last
     seed                  the seed this sample was drawn with; the same request with it draws the same noise, and
-                          under numerics="invariant" gives the same sample, whatever runs beside it
+                          under numerics="invariant" gives the same sample, whatever runs beside it; None where the
+                          request was refused, so that nothing was to be drawn
     """
 
     request_id: str
@@ -114,7 +115,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     times: Times | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def to_json(self) -> bytes:
         """One line of JSON, from which `from_json` makes an equal value: names are those here, keys of objects strings.

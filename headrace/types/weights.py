@@ -44,6 +44,11 @@ class TensorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """Bytes of the tensor, which is of a known dtype."""
         return _num_bytes(self.shape, self.dtype)
 
+    @property
+    def is_integer(self) -> bool:
+        """True where every byte of an element may be part of a value: no floating or complex dtype."""
+        return self.dtype.startswith(("int", "uint", "bool"))
+
 
 @functools.lru_cache(1 << 12)
 def _num_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -3,12 +3,14 @@ a device, or one buffer where a single broadcast is larger. Knows neither groups
 
 A receiver is not told how many bytes came: gloo takes fewer than it waits for without a word, and ends the process
 where they are more. So the last bytes are marked before a broadcast, and where nobody is passed on to, a broadcast may
-run on into memory that is only an address, whose first bytes are marked too.
+run on into memory that is only an address, whose first bytes are marked too. What no weight is, NaN, is the mark of
+bytes of floating dtypes; of integers every byte may be a value, so they are marked by chance.
 """
 
 from __future__ import annotations
 
 import mmap
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -24,8 +26,9 @@ GUARD_BYTES = 16 << 30
 """Addresses behind a buffer. Nothing is had for them before something is written there."""
 
 _SMALLEST = 1 << 20
-_MARK = b"\xff"  # of an element of any floating dtype: a NaN
+_NAN = b"\xff"  # each byte of an element of any floating dtype
 _NUM_MARKED = 8
+_FEWEST_BY_CHANCE = 4  # as many bytes will not be equal by accident
 _NO_RESERVE = 0x4000  # MAP_NORESERVE
 
 
@@ -34,7 +37,7 @@ class Buffer(Protocol):
 
     capacity: int
 
-    def armed(self, size: int) -> torch.Tensor: ...
+    def armed(self, size: int, num_integer: int) -> torch.Tensor: ...
 
     def mismatch(self, size: int) -> str: ...
 
@@ -47,14 +50,20 @@ class ArrivalBuffer:
     def __init__(self, capacity: int, guard: int) -> None:
         self.capacity = capacity
         self._guard = guard
+        self._chance, self._tail = secrets.token_bytes(_NUM_MARKED), b""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if guard else 0)
         memory = mmap.mmap(-1, capacity + max(guard, _NUM_MARKED), flags=flags)
         self.view = memoryview(memory)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
-    def armed(self, size: int) -> torch.Tensor:
-        """What a broadcast of `size` bytes may write to, marked so that `mismatch` can tell."""
-        self.view[max(0, size - _NUM_MARKED) : size + _NUM_MARKED] = _MARK * (min(size, _NUM_MARKED) + _NUM_MARKED)
+    def armed(self, size: int, num_integer: int = 0) -> torch.Tensor:
+        """What a broadcast of `size` bytes may write to, marked so that `mismatch` can tell. Its last `num_integer` are
+        of integers."""
+        num_chance = min(size, num_integer, _NUM_MARKED)
+        self._tail = _NAN * (min(size, _NUM_MARKED) - num_chance) + self._chance[:num_chance]
+        self.view[size - len(self._tail) : size + _NUM_MARKED] = self._tail + _NAN * _NUM_MARKED
+        if num_chance == size < _FEWEST_BY_CHANCE:
+            self._tail = b""
         return self._bytes[: size + self._guard]
 
     def part(self, info: TensorInfo, start: int) -> memoryview:
@@ -63,11 +72,10 @@ class ArrivalBuffer:
 
     def mismatch(self, size: int) -> str:
         """What came instead of `size` bytes, as in "fewer"; "" if as many came. Bytes that end in NaN are taken for
-        fewer."""
-        if self.view[size : size + _NUM_MARKED] != _MARK * _NUM_MARKED:
+        fewer; of integers alone that are no more than three nothing is told."""
+        if self.view[size : size + _NUM_MARKED] != _NAN * _NUM_MARKED:
             return "more"
-        count = min(size, _NUM_MARKED)
-        return "fewer" if count and self.view[size - count : size] == _MARK * count else ""
+        return "fewer" if self._tail and self.view[size - len(self._tail) : size] == self._tail else ""
 
 
 class ArrivalMemory:

@@ -33,7 +33,7 @@ class DeviceBuffer:
         self.capacity = capacity
         self._bytes = torch.empty(capacity, dtype=torch.uint8, device=device)
 
-    def armed(self, size: int) -> torch.Tensor:
+    def armed(self, size: int, num_integer: int = 0) -> torch.Tensor:
         """What a broadcast of `size` bytes writes to."""
         return self._bytes[:size]
 

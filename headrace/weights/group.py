@@ -11,6 +11,7 @@ where the core is a thread of his process.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import queue
@@ -336,7 +337,8 @@ class GroupArrivals:
                 size = sum(self._tensors[place].num_bytes for place in places)
                 buffer = self._room_for(size, under_way)
                 under_way.append(_UnderWay(places, size, buffer))
-                under_way[-1].is_over = broadcast(buffer.armed(size), self.until - time.monotonic())
+                into = buffer.armed(size, self._num_integer(places))
+                under_way[-1].is_over = broadcast(into, self.until - time.monotonic())
                 # Many at once: to stage a tensor alone takes the interpreter for longer than it takes to come.
                 if under_way[-1].is_over is None or 2 * sum(each.size for each in under_way) > self._memory.most_bytes:
                     self._hand_on_what_came(under_way)
@@ -380,6 +382,11 @@ class GroupArrivals:
                 start, num_bytes = place + 1, 0
         if start < len(self._tensors):
             yield range(start, len(self._tensors))
+
+    def _num_integer(self, places: range) -> int:
+        """How many of the last bytes of a broadcast are of integers: none that is staged, but any may be announced."""
+        last = itertools.takewhile(lambda info: info.is_integer, map(self._tensors.__getitem__, reversed(places)))
+        return sum(info.num_bytes for info in last)
 
     def _check(self, buffer: Buffer, size: int, places: range) -> None:
         problem = buffer.mismatch(size)

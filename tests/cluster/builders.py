@@ -59,12 +59,14 @@ async def routed(num_replicas: int = 2, **options: Any) -> AsyncIterator[Routed]
             await asyncio.sleep(0)
 
 
-async def raw_exchange(port: int, *pieces: bytes) -> bytes:
-    """What is answered until the connection ends."""
+async def raw_exchange(port: int, *pieces: bytes, ends: bool = False) -> bytes:
+    """What is answered until the connection ends. With `ends` nothing more is said to come behind the pieces."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for piece in pieces:
         writer.write(piece)
         await asyncio.sleep(0.01)
+    if ends:
+        writer.write_eof()
     try:
         async with asyncio.timeout(WAIT_SECONDS):
             return await reader.read()

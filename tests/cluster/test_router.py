@@ -13,6 +13,7 @@ import pytest
 
 from headrace.cluster.options import RouterOptions
 from headrace.cluster.router import ReplicaRouter
+from headrace.server.half_closed import INTERIM
 from headrace.server.listening import listen
 from tests.cluster.builders import Routed, raw_exchange, routed
 from tests.cluster.replica import FakeReplica
@@ -76,6 +77,37 @@ def test_a_client_that_goes_away_is_seen_by_the_replica(stream: bool) -> None:
         asking.cancel()
         await found.until(lambda: sum(each.num_dropped for each in found.replicas) == 1)
         await found.until(lambda: all(each.num_requests == 0 for each in found.router.replicas))
+
+    tell(story)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_closes_its_sending_side_is_answered(stream: bool) -> None:
+    async def story(found: Routed) -> None:
+        body = json.dumps({"rid": "a", "stream": stream, "num_events": 30, "delay": 0.2}).encode()
+        head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+        metrics = b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        for rest, num_answers in ((b"", 1), (head + body, 2), (metrics + b"GET /met", 2)):
+            raw = await raw_exchange(found.port, head + body + rest, ends=True)
+            answers = raw.replace(INTERIM, b"").split(b"HTTP/1.1 200 OK\r\n")[1:]
+            assert len(answers) == num_answers
+            assert answers[0].endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n" if stream else b"}")
+        for nothing in (head + body[:-1], head.replace(b"1.1", b"1.0") + body, b""):
+            assert await raw_exchange(found.port, nothing, ends=True) == b""
+        await found.until(lambda: not found.router._front._connections)
+
+    tell(story)
+
+
+def test_an_answer_that_has_no_body_tells_no_length() -> None:
+    async def story(found: Routed) -> None:
+        for status in (204, 304):
+            for each in found.replicas:
+                each.raw["/v1/models"] = b"HTTP/1.1 %d Nothing\r\nx-own: yes\r\n\r\n" % status
+            reply = await found.http.get("/v1/models")
+            assert (reply.status_code, reply.headers["x-own"]) == (status, "yes")
+            assert "content-length" not in reply.headers
+        assert (await found.generate(rid="next")).json()["text"] == "next"
 
     tell(story)
 
@@ -270,7 +302,9 @@ def test_what_does_not_go_through_a_router_is_refused_by_name() -> None:
         reply = await found.http.post("/slow_down", content=b"x" * 100_000)
         assert reply.status_code == 501 and "send it to each replica" in reply.json()["message"]
         assert (await found.http.post("/headrace/save_model")).status_code == 501
-        assert (await found.http.get("/generate")).status_code == 405
+        for method, path, allowed in (("GET", "/generate", "POST, PUT"), ("POST", "/v1/models/x", "GET, HEAD")):
+            reply = await found.http.request(method, path)
+            assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
         assert (await found.http.get("/nowhere")).status_code == 404
         assert not any(each.seen for each in found.replicas)
 

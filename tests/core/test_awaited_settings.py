@@ -9,6 +9,7 @@ import threading
 from ctypes import c_int, c_void_p
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -25,7 +26,8 @@ DEVICE = CudaDevice("H200", 1 << 37, (9, 0), 132, 3)
 
 
 def on_device() -> ResolvedConfig:
-    return msgspec.structs.replace(tiny_config(), device="cuda", cuda=DEVICE, attention_backend="triton")
+    resolved = tiny_config(kernel_cache="/kernels")
+    return msgspec.structs.replace(resolved, device="cuda", cuda=DEVICE, attention_backend="triton")
 
 
 def test_a_device_is_prepared_once_its_settings_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +47,7 @@ def test_a_device_is_prepared_once_its_settings_are_there(monkeypatch: pytest.Mo
     assert awaited.wait() == on_device()
     awaited.wait_prepared()
     [(given, thread)] = prepared
-    assert given == (DEVICE, None) and thread is not threading.current_thread()
+    assert given == (DEVICE, "/kernels") and thread is not threading.current_thread()
 
 
 def test_nothing_is_prepared_on_a_cpu_nor_for_other_kernels_nor_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +135,18 @@ def test_what_names_kernels_is_known_before_the_first_is_looked_for(tmp_path: Pa
     assert done.stdout == "1 1\n", done.stderr
 
 
-@pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError, RuntimeError, OSError])
+def test_the_target_is_named_as_triton_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which it finds what it knows of the device."""
+    module = MagicMock()
+    monkeypatch.setattr(awaited_settings, "open_context", lambda _: None)
+    monkeypatch.setattr(awaited_settings, "use_kernel_cache", lambda _: None)
+    monkeypatch.setattr("importlib.import_module", lambda _: module)
+    awaited_settings.prepare(msgspec.structs.replace(DEVICE, capability=(12, 1)), None)
+    module.GPUTarget.assert_called_once_with("cuda", 121, 32)
+    module.make_backend.assert_called_once_with(module.GPUTarget.return_value)
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError])
 def test_a_triton_that_cannot_be_prepared_fails_no_start(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:

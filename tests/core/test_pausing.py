@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.core.fake_executor import FreeExecutor
 from headrace.types.messages import Abort, AbortUpdate, CommitUpdate, GiveUp, Pause, Resume
 from headrace.types.weights import UpdateReport
-from tests.core.harness import Core, new_tensors, request
+from tests.core.harness import VOCAB_SIZE, Core, new_tensors, request
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1, 3])
@@ -177,6 +178,42 @@ def test_a_later_pause_or_resume_replaces_a_drain() -> None:
     assert core.error(again).code == "UpdateConflictError"
     core.settle()
     assert core.finish_types(1) == ["length"]
+
+
+def test_a_drain_that_was_replaced_pauses_nobody_any_more() -> None:
+    core = Core()
+    core.submit(request(1, max_new_tokens=200))
+    core.turn(3)
+    drain = core.start(Pause, "drain")
+    core.turn()
+    keep = core.start(Pause, "keep")
+    core.turn()
+    assert core.error(drain).code == "UpdateConflictError"
+    core.call(GiveUp, keep)
+    assert core.status().paused == ""
+    core.settle()
+    assert core.finish_types(1) == ["length"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_whether_a_drain_ends_or_is_undone_no_step_is_in_flight_then(ends: bool) -> None:
+    executor = FreeExecutor(VOCAB_SIZE)
+    core = Core(executor, overlap_depth=3)
+    core.submit(request(1, max_new_tokens=50 if ends else 200, deliver_every=1))
+    core.turn(5)
+    assert executor._plans
+    core.call(Pause, "keep")
+    drain = core.start(Pause, "drain")
+    if ends:
+        core.until(lambda: drain in core.link.replies)
+        core.answer(drain)
+    else:
+        core.turn(5)
+        assert executor._plans
+        core.start(GiveUp, drain)
+        core.turn()
+        assert core.error(drain).code == "DeadlineError"
+    assert not executor._plans and core.status().paused == ("drain" if ends else "keep")
 
 
 def test_a_drain_while_paused_runs_what_was_kept() -> None:

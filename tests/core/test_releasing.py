@@ -24,6 +24,7 @@ from headrace.types.messages import (
     Resume,
     ResumeMemory,
     SetVersion,
+    Shutdown,
     UpdateFromDisk,
     WeightsChecker,
 )
@@ -34,17 +35,23 @@ from tests.core.harness import VOCAB_SIZE, Core, manifest_of, new_tensors, reque
 class TurningExecutor(FreeExecutor):
     """Gives memory back, and takes it, in `num_turns` turns. `problem` is what comes of a resume."""
 
-    def __init__(self, num_turns: int = 1) -> None:
+    def __init__(self, num_turns: int = 1, slice_seconds: float = STAGE_BUDGET_IDLE_S) -> None:
         super().__init__(VOCAB_SIZE, weights=tiny_store())
-        self.num_turns = num_turns
+        self.num_turns, self.slice_seconds = num_turns, slice_seconds
         self.problem: Exception | None = None
         self.done: list[tuple[str, tuple[MemoryTag, ...], str]] = []
+        self.examined: list[BaseException] = []
 
     def slices(self) -> Generator[None]:
-        """Each longer than what a turn gives."""
+        """Each longer than what a turn gives, unless it takes less."""
+        assert not self._plans, "a step is in flight, which needs the memory or may run in the middle of a capture"
         for _ in range(self.num_turns):
-            time.sleep(STAGE_BUDGET_IDLE_S)
+            time.sleep(self.slice_seconds)
             yield
+
+    def examine(self, fault: BaseException) -> None:
+        self.examined.append(fault)
+        super().examine(fault)
 
     def release(self, tags: Collection[MemoryTag], *, keeps_copy: bool) -> Generator[None]:
         yield from self.slices()
@@ -172,6 +179,8 @@ def test_both_calls_are_idempotent() -> None:
     core.submit(request(1))
     core.turn(3)
     core.call(ReleaseMemory, ("cuda_graph",))  # of which there is nothing to give back
+    core.call(ResumeMemory, ("kv_cache", "weights"))  # which are there
+    assert executor.done[-1][0] == "release"
     core.settle()
     assert core.finish_types(1) == ["length"]
 
@@ -374,6 +383,17 @@ def test_the_folder_brings_back_only_what_it_brought() -> None:
     assert core.status().state == "needs_weights"
 
 
+def test_the_folder_does_not_bring_back_what_was_not_there() -> None:
+    """Nor has any update come between."""
+    core = core_over(keep_weights_copy=False)
+    for restore in ("await", "disk"):
+        core.call(ReleaseMemory)
+        if restore == "disk":
+            assert core.refused(ResumeMemory, (), restore).field == "restore"
+        core.call(ResumeMemory, (), "await")
+    assert core.status().state == "needs_weights"
+
+
 def test_a_copy_is_made_of_whole_weights_only() -> None:
     executor = TurningExecutor()
     core = core_over(executor)
@@ -437,10 +457,69 @@ def test_a_resume_that_fails_leaves_all_released_and_may_be_tried_again(problem:
     error = core.refused(ResumeMemory)
     assert error.code == ("UnavailableError" if isinstance(problem, UnavailableError) else "InternalError")
     assert core.status().released == tuple(sorted(MEMORY_TAGS)) and core.finish(1) is None
+    assert executor.examined == [problem] * isinstance(problem, RuntimeError)  # which may be a device's
     executor.problem = None
     core.call(ResumeMemory)
     core.settle()
     assert core.finish_types(1) == ["length"] and executor.done[-1][2] == "copy"
+
+
+@pytest.mark.parametrize("problem", [UnavailableError("no room", field="tags"), RuntimeError("a bug")])
+def test_graphs_that_cannot_come_back_stop_nobody(problem: Exception) -> None:
+    executor = TurningExecutor()
+    core = core_over(executor)
+    core.submit(request(1, max_new_tokens=20))
+    core.turn(3)
+    core.call(ReleaseMemory, ("cuda_graph",))
+    executor.problem = problem
+    core.refused(ResumeMemory)
+    core.settle()
+    assert core.finish_types(1) == ["length"] and core.status().released == ("cuda_graph",)
+
+
+@pytest.mark.parametrize("how", ["late", "given up", "shut down"])
+def test_of_calls_that_wait_each_has_its_own_end(how: str) -> None:
+    core = core_over(TurningExecutor(4))
+    before = core.start(ReleaseMemory, ("kv_cache",))
+    ended = core.start(ResumeMemory, ("kv_cache",), deadline=core.clock.now + 5.0)
+    after = core.start(ReleaseMemory, ("weights",), deadline=core.clock.now + 90.0)
+    core.turn()
+    assert core.loop._time_to_deadline() <= 5.0
+    if how == "shut down":
+        core.start(Shutdown)
+        core.turn()
+        assert [core.error(call).code for call in (before, ended, after)] == ["ShutdownError"] * 3
+        return
+    if how == "late":
+        core.clock.now += 5.0
+    else:
+        core.start(GiveUp, ended)
+    core.settle()
+    core.answer(before)
+    assert core.error(ended).code == "DeadlineError"
+    core.answer(after)
+    assert core.status().released == ("kv_cache", "weights")
+
+
+def test_a_turn_does_as_much_as_it_has_time_for() -> None:
+    core = core_over(TurningExecutor(400, slice_seconds=0.0))
+    release = core.start(ReleaseMemory)
+    core.turn(200)
+    core.answer(release)
+
+
+def test_weights_that_are_half_old_stay_so_when_a_release_of_theirs_fails() -> None:
+    core, tensors = core_over(TurningExecutor(5)), new_tensors(7.0)
+    session = core.begin(tensors, mode="inplace")
+    core.stage(session, tensors, ["k.weight"])
+    core.call(AbortUpdate, session)
+    assert core.status().state == "poisoned"
+    release = core.start(ReleaseMemory, ("weights",), deadline=core.clock.now + 5.0)
+    core.turn(2)
+    assert core.status().state == "released"
+    core.clock.now += 5.0
+    core.settle()
+    assert core.error(release).code == "DeadlineError" and core.status().state == "poisoned"
 
 
 def test_a_pause_and_a_release_end_by_their_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import Callable, Coroutine
@@ -538,6 +539,26 @@ def test_a_client_that_was_closed_does_not_start() -> None:
             await client.start(5.0)
 
     asyncio.run(main())
+
+
+def test_a_start_that_is_given_up_while_its_link_begins_leaves_no_error_that_nobody_looked_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As where an engine closes while a core is started again; some loops take longer to begin a link than others."""
+
+    async def main() -> None:
+        front, _ = make_pair()
+        client = CoreClient(front, PulsePage(), 5.0, lambda _: None, LIMITS)
+        front.start = lambda *_: asyncio.sleep(60)  # type: ignore[method-assign]
+        start = asyncio.create_task(client.start(5.0))
+        await asyncio.sleep(0)
+        await client.close(ShutdownError("over"))
+        start.cancel()
+        await asyncio.wait([start])
+
+    asyncio.run(main())
+    gc.collect()
+    assert not [record for record in caplog.records if "never retrieved" in record.message]
 
 
 @pytest.mark.parametrize("is_gone_at_once", [False, True])

@@ -171,11 +171,12 @@ def test_an_over_long_prompt_is_an_error_of_its_own(engine: Engine) -> None:
     ]
     assert found[1].error is not None and isinstance(found[1].error.to_exception(), RequestError)
     assert "context" in found[1].finish_message and found[1].token_ids == []
+    assert [each.seed for each in found] == [1, None, None, None, None], "nothing was to be drawn"
     pieces = list(engine.stream(input_ids=prompts, sampling_params=params, return_errors=True))
     assert {each.prompt_index for each in pieces if each.finish_reason == "error"} == {1, 2, 3}
     [alone, good] = engine.generate(input_ids=[[1], [2]], sampling_params=[{"top_p": 7}, {}], return_errors=True)
     assert alone.error is not None and alone.error.field == "sampling_params[0].top_p"
-    assert good.finish_reason in ("stop", "length")
+    assert good.finish_reason in ("stop", "length") and (alone.seed, good.seed is None) == (None, False)
     with pytest.raises(RequestError):
         engine.generate(input_ids=prompts, sampling_params=params)
 
@@ -230,7 +231,7 @@ def test_a_bad_name_refuses_its_prompt_and_leaves_its_owner_alone(engine: Engine
     for _ in range(2):  # the refusal must not make the name free either
         found = engine.generate(["a", "b"], request_id=["taken", "free"], **named)
         assert [each.error and each.error.field for each in found] == ["request_id", None]
-        assert found[0].error is not None and "in use" in found[0].error.message
+        assert found[0].error is not None and "in use" in found[0].error.message and found[0].seed is None
     assert engine.abort("taken") == 1
     list(live)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from headrace.engine.sample import Sample, slice_spans
+from headrace.engine.sample import Sample, extend_spans, slice_spans
+from headrace.types.generation import Generation
 from headrace.types.request import Delta, Request, RoutedPart, TokenExtras, pack_ids
 from headrace.types.sampling_params import LogprobOptions
 from tests.types.packing import pack_floats
@@ -105,6 +106,57 @@ def test_truncation_cuts_everything_alike() -> None:
     assert fields["top_logprobs"] == [{0: -1.0}, {1: -1.0}, {2: -1.0}]
 
 
+def extras_of(token: int) -> TokenExtras:
+    """Two most probable ids, two asked for, and as many kept ids as the token is."""
+    values = (-float(token), -token - 0.5)
+    kept = range(token, 2 * token)
+    return TokenExtras(
+        pack_ids([token, 99]), pack_floats(values), pack_floats(values[::-1]), pack_ids([token]), pack_ids(kept)
+    )
+
+
+def test_pieces_have_what_was_asked_of_their_own_tokens() -> None:
+    sample = Sample(request(num_top=2, token_ids=(4, 7), max_kept=99, prompt_start=0))
+    of_prompt = TokenExtras(pack_ids([1, 2, 1, 2]), pack_floats([-1.0] * 4), pack_floats([-1.0] * 4))
+    scores = pack_floats([NAN, -1.5])
+    sample.append(delta([], prompt_logprobs=scores, prompt_extras=of_prompt, prompt_spans=(("a", 2),)))
+    for token in (3, 1, 2, 5):
+        sample.append(delta([token], extras=extras_of(token)))
+    for num_left in (4, 2):
+        sample.truncate(num_left)
+        tokens = [3, 1, 2, 5][:num_left]
+        assert sample.num_extra_values == 10 + 4 * num_left + sum(tokens)
+        for start in range(num_left + 1):
+            fields = sample.more_from(start)
+            assert fields["top_logprobs"] == [{t: -t, 99: -t - 0.5} for t in tokens[start:]]
+            assert fields["token_ids_logprobs"] == [{4: -t - 0.5, 7: -t} for t in tokens[start:]]
+            assert fields["kept_token_ids"] == [list(range(t, 2 * t)) for t in tokens[start:]]
+            assert ("prompt_logprobs" in fields) == ("prompt_version_spans" in fields) == (start == 0)
+
+
+def test_what_a_delta_does_not_say_stays() -> None:
+    sample = Sample(request())
+    sample.append(delta([1], num_cached_tokens=7, num_preemptions=1, prompt_spans=(("a", 3),), times=(1.0, 2.0, 3.0)))
+    sample.append(delta([2], num_cached_tokens=4, num_preemptions=2))
+    sample.append(delta([3]))
+    assert (sample.num_cached_tokens, sample.num_preemptions, sample.times) == (7, 2, (1.0, 2.0, 3.0))
+    assert sample.prompt_fields() == {"prompt_version_spans": [("a", 3)]}
+    sample.append(delta([4], prompt_spans=(("a", 1), ("b", 2))))
+    assert sample.prompt_fields() == {"prompt_version_spans": [("a", 1), ("b", 2)]}
+
+
+def test_spans_of_pieces_add_up_by_label_and_epoch() -> None:
+    def piece(*spans: tuple[str, int], epochs: list[int]) -> Generation:
+        return Generation(request_id="r", token_ids=[], logprobs=[], version_spans=list(spans), version_epochs=epochs)
+
+    spans, epochs = list[tuple[str, int]](), list[int]()
+    first = piece(("a", 2), ("b", 1), epochs=[0, 1])
+    for each in (first, piece(("b", 2), epochs=[1]), piece(epochs=[]), piece(("b", 1), ("c", 1), epochs=[2, 2])):
+        extend_spans(spans, epochs, each)
+    assert (spans, epochs) == ([("a", 2), ("b", 3), ("b", 1), ("c", 1)], [0, 1, 2, 2])
+    assert first.version_spans == [("a", 2), ("b", 1)], "what a caller was given is his"
+
+
 def test_pieces_join_to_the_whole() -> None:
     sample = Sample(request())
     sample.append(delta([1, 2, 3]))
@@ -134,9 +186,15 @@ def test_prompt_scores_have_one_entry_per_prompt_token() -> None:
 
 
 def test_prompt_scores_from_a_later_position_are_padded() -> None:
-    sample = Sample(request(prompt_start=2))
-    sample.append(delta([], prompt_logprobs=pack_floats([-2.5])))
-    assert sample.prompt_fields() == {"prompt_logprobs": [None, None, -2.5]}
+    sample = Sample(request(prompt_start=2, num_top=1, token_ids=(4,)))
+    extras = TokenExtras(pack_ids([9]), pack_floats([-1.0]), pack_floats([-2.0]))
+    sample.append(delta([], prompt_logprobs=pack_floats([-2.5]), prompt_extras=extras))
+    assert sample.prompt_fields() == {
+        "prompt_logprobs": [None, None, -2.5],
+        "prompt_top_logprobs": [None, None, {9: -1.0}],
+        "prompt_token_ids_logprobs": [None, None, {4: -2.0}],
+    }
+    assert sample.num_extra_values == 3
 
 
 def test_nothing_asked_nothing_given() -> None:

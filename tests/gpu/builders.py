@@ -179,6 +179,7 @@ def shortfall(
     In units of logit / T + noise, at T = 0 of the penalised logit. 0: it is the one to take.
     """
     known = prompt + piece.token_ids[:index]
+    assert piece.seed is not None
     row = checkpoint.logits(known)[-1].double().numpy()
     init = SlotInit(
         slot=0,

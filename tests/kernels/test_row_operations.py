@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from headrace.config import RopeSpec
-from headrace.kernels import KernelSet, select_kernels
-from headrace.kernels.products import PLAIN
+from headrace.kernels import KernelSet, invariant, select_kernels
+from headrace.kernels.products import PLAIN, Products
 from headrace.kernels.rope_tables import rope_tables
 from headrace.types.errors import ConfigError
 
@@ -90,6 +90,53 @@ def test_invariant_rows_have_the_same_bits_at_any_address() -> None:
         whole = run(kernels, x)
         for first, last in ((1, 17), (3, 35), (7, 23), (9, 10)):
             assert torch.equal(run(kernels, x[first:last]), whole[first:last]), f"{label}, rows {first} to {last}"
+
+
+class SeenProducts(Products):
+    """Notes of each product how many rows it has and where they begin in memory."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, bool]] = []
+
+    def linear_out(self, x_TI: Tensor, weight_OI: Tensor, out_TO: Tensor) -> None:
+        self.seen.append((x_TI.shape[0], x_TI.data_ptr() % 64, x_TI.is_contiguous()))
+        super().linear_out(x_TI, weight_OI, out_TO)
+
+
+def test_every_invariant_product_is_of_as_many_rows_at_a_cache_line() -> None:
+    """Which kernel is taken for others is another matter on each machine."""
+    products, weight = SeenProducts(), random(7, 40)
+    inputs = random(70, 120)
+    for first in (0, 1, 3):  # rows of 160 bytes are mostly at none
+        for num_rows in (1, 15, 16, 17, 32, 48):
+            rows = slice(first, first + num_rows)
+            for x in (inputs[:, :40].contiguous()[rows], inputs[rows, :40], inputs[rows, 3:43], inputs[rows, 80:]):
+                found = invariant.linear(x, weight, None, products)
+                torch.testing.assert_close(found, x @ weight.t(), atol=1e-4, rtol=1e-4)
+    assert set(products.seen) == {(16, 0, True)}
+
+
+@pytest.mark.parametrize("num_features", [8, 1000, 4096, 32736, 32737, 40001])
+def test_the_gates_exp_runs_on_blocks_that_torch_does_not_split(
+    num_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would at 32,768 elements; and a block begins where a vector does, in each row alike."""
+    blocks: list[Tensor] = []
+
+    class Functional:
+        """The one function of torch's that is used there."""
+
+        @staticmethod
+        def silu(x: Tensor) -> Tensor:
+            blocks.append(x)
+            return torch.nn.functional.silu(x)
+
+    monkeypatch.setattr(invariant, "F", Functional)
+    x = random(9, 2 * num_features)
+    invariant.silu_and_mul(x)
+    columns = {(block.storage_offset() % (2 * num_features)) % 32 for block in blocks}
+    assert columns == {0} and sum(block.numel() for block in blocks) == 9 * num_features
+    assert max(block.numel() for block in blocks) < 32768 and len(blocks) <= 9 * (1 + num_features // 32736)
 
 
 def test_rows_too_wide_for_one_unsplit_block() -> None:

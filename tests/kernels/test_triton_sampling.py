@@ -124,6 +124,21 @@ def test_tokens_and_logprobs_of_every_mode() -> None:
         assert abs(float(logprobs[at]) - expected) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, which interprets it, tells of overflow
+def test_equals_are_drawn_by_their_noise_however_large_they_are() -> None:
+    values = np.full((6, VOCAB), -1e10, np.float32)
+    equal = np.array([0, 3, 100, VOCAB - 1])
+    values[:, equal] = np.array([1e6, 1e9, 1e10, 1e11, 1e20, 3e38], np.float32)[:, None]
+    slots, tokens = on_device(np.arange(6, dtype=np.int32)), torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    sample_rows(
+        on_device(values), slots, on_device(POSITIONS.astype(np.int32)), params(*[(1e-6, 1e-6, 0, 0, 1.0, 0.0)] * 6),
+        on_device(seed_words(SEEDS)), None, SamplingWorkspace.make(6, VOCAB, DEVICE), tokens,
+        torch.zeros(6, device=DEVICE), last_tokens(6, 0),
+    )  # fmt: skip
+    expected = equal[gumbel_of(noise.noise_words(noise_keys(SEEDS, POSITIONS), equal)).argmax(axis=1)]
+    assert tokens.tolist() == expected.tolist() and len(set(expected)) > 1
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, which interprets it, tells of NaN
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_ranks_that_have_whole_blocks_each_find_what_one_does(num_blocks: int) -> None:

@@ -38,6 +38,15 @@ def test_the_winner_is_exact_at_extreme_temperatures_and_with_dropped_tokens() -
     assert np.isfinite(drawn.reduced.log_sums).all()
 
 
+def test_equals_are_drawn_by_their_noise_however_large_they_are() -> None:
+    _, _, keys = make(200, 1)
+    logits = np.full((200, 8), -1e10, np.float32)
+    logits[:, 2:7] = np.geomspace(1e6, 3e38, 200, dtype=np.float32)[:, None]
+    drawn = RowPass(8).draw(logits, np.arange(200), np.full(200, 1e-6), keys)
+    expected = 2 + gumbel_of(noise_words(keys, np.arange(2, 7)[None])).argmax(axis=1)
+    assert drawn.token_ids.tolist() == expected.tolist() and set(expected) == {2, 3, 4, 5, 6}
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_reductions_match_float64(size: int) -> None:
     logits, temperatures, _ = make(5, size)

@@ -6,6 +6,7 @@ import random
 
 import msgspec
 
+from headrace.scheduler.limits import FEW_ROWS
 from headrace.scheduler.step_budget import StepBudget
 from tests.scheduler.builders import ROOMY
 
@@ -52,4 +53,10 @@ def test_without_rows_that_decode_or_without_a_bound_tokens_alone_count() -> Non
         assert budget.take(0, 100) == ROOMY.max_num_batched_tokens - num_singles - 40
         assert budget.tokens == 0
         budget.give_back(7)
-        assert budget.take(0, 100) == 7
+        budget.give_back(2)
+        assert budget.take(0, 100) == 9
+
+
+def test_while_few_run_a_step_has_more_tokens() -> None:
+    limits = msgspec.structs.replace(ROOMY, max_num_batched_tokens=100, prefill_step_tokens=300)
+    assert [StepBudget(limits, number).tokens for number in (0, FEW_ROWS, FEW_ROWS + 1)] == [300, 300, 100]

@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from headrace.server.app import all_endpoints
+from headrace.server.options import ServerOptions
+from headrace.server.state import ServerState
 from tests.server.conftest import Served
 
 
@@ -257,6 +260,13 @@ def test_a_batch_with_a_bad_prompt_starts_nothing(served: Served) -> None:
     check(served.http.post("/generate", json={"input_ids": [[1], [2], [9999]]}), "input_ids[2]")
     served.generate(input_ids=[1], sampling_params={"max_new_tokens": 1})
     assert served.engine.metrics()["num_generated_tokens"] == before + 1
+
+
+def test_what_a_path_does_not_take_is_told_with_what_it_does(served: Served) -> None:
+    for endpoint in all_endpoints(ServerState(served.engine.asynchronous, ServerOptions())):
+        reply = served.http.request("PATCH", endpoint.path)
+        allowed = {*endpoint.methods} | ({"HEAD"} if "GET" in endpoint.methods else set())
+        assert (reply.status_code, set(reply.headers["allow"].split(", "))) == (405, allowed), endpoint.path
 
 
 def test_unknown_paths_and_methods(served: Served) -> None:

@@ -99,6 +99,7 @@ def test_a_get_changes_nothing(served: Served, method: str, action: str) -> None
     reply = served.http.request(method, f"/weights_checker?action={action}")
     by_body = served.http.request(method, "/weights_checker", json={"action": action})
     assert (reply.status_code, by_body.status_code) == (405, 405)
+    assert reply.headers["allow"] == by_body.headers["allow"] == "POST"
     assert served.http.get("/weights_checker").json()["per_engine_checksum"] == before
 
 

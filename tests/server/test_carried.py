@@ -287,6 +287,17 @@ def test_a_stream_of_our_client(exact: Served) -> None:
     assert len(whole) == 4 and all(len(each["top"]) == 6 for each in whole.values())
 
 
+def test_what_is_refused_alone_stays_so_without_a_seed(exact: Served) -> None:
+    def last(raw: bytes) -> Any:
+        return alike({event["index"]: event for event in events_of(raw)})
+
+    params = {"max_new_tokens": 5, "ignore_eos": True, "sampling_seed": 11}
+    body = {"input_ids": [[1 << 20], [3, 1, 4]], "sampling_params": params, "stream": True, "return_errors": True}
+    whole = check_cuts(Carried(exact, "/generate", {**body, "rid": ["a", "b"]}, "stream"), last)
+    assert whole[0]["meta_info"]["finish_reason"]["param"] == "input_ids[0]" and whole[0]["meta_info"]["seed"] is None
+    assert len(whole[1]["output_ids"]) == 5 and whole[1]["meta_info"]["seed"] is not None
+
+
 def test_a_stream_without_a_seed_goes_on_with_the_one_it_had(exact: Served) -> None:
     body = {"prompt": "Once", "max_tokens": 14, "temperature": 1.0, "stream": True, "return_token_ids": True}
     check_cuts(Carried(exact, "/v1/completions", body, "stream"), folded)

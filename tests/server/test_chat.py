@@ -101,6 +101,7 @@ def test_a_bad_conversation_fails_alone_when_asked(door: Any) -> None:
     assert good.finish_reason == "stop" and good.sample.error is None
     fields = [each.sample.error.field for each in bad]
     assert fields == ["messages[1][0].role", "messages[2]"]
+    assert good.sample.seed is not None and {each.sample.seed for each in bad} == {None}
     assert all(each.finish_reason == "error" and each.message["content"] == "" for each in bad)
 
 

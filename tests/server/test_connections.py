@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from starlette.requests import Request
 
-from headrace.server import connections
+from headrace.server import connections, half_closed
 from headrace.server.connections import CLIENT
+from headrace.server.half_closed import INTERIM
 from headrace.server.limits import Limits
 from headrace.server.listening import EmbeddedServer, listen
 from headrace.server.waiting import WaitingCalls
@@ -274,6 +275,62 @@ def test_a_client_that_goes_away_is_missed_whatever_it_sent_behind_its_request(
     wait_for(lambda: not server.server._connections())
 
 
+def all_of(client: socket.socket) -> bytes:
+    """What comes until the connection ends, without interim answers."""
+    client.shutdown(socket.SHUT_WR)
+    received = b""
+    while data := client.recv(1 << 16):
+        received += data
+    return received.replace(INTERIM, b"")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_closes_his_sending_side_behind_his_request_is_answered(served: Served, stream: bool) -> None:
+    params = {"max_new_tokens": 60, "ignore_eos": True}
+    body = json.dumps({"input_ids": [1], "sampling_params": params, "stream": stream}).encode()
+    ask = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+        client.sendall(ask + ask + GET + b"GET /hea")
+        answers = all_of(client).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert len(answers) == 3 and [each.count(b'"completion_tokens":60') for each in answers] == [1, 1, 0]
+    assert [each.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for each in answers] == [stream, stream, False]
+
+
+def test_who_leaves_may_ask_again_by_the_same_name_at_once(served: Served) -> None:
+    body = {"input_ids": [1], "rid": "same", "sampling_params": {"max_new_tokens": 900, "ignore_eos": True}}
+    for _ in range(5):
+        raw = json.dumps(body).encode()
+        with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+            client.sendall(
+                b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(raw), raw)
+            )
+            wait_for(lambda: served.engine.metrics()["num_running"] == 1)
+        again = served.http.post("/generate", json={**body, "sampling_params": {"max_new_tokens": 1}})
+        assert again.status_code == 200, again.text
+        wait_for(lambda: served.engine.metrics()["num_running"] == 0)
+
+
+def test_who_sends_half_a_request_and_no_more_is_answered_nothing(bare: Callable[..., Bare]) -> None:
+    server = bare()
+    post = GET.replace(b"GET /health", b"POST /x").replace(b"\r\n\r\n", b"\r\ncontent-length: 9\r\n\r\n")
+    for sent in (b"", GET[:-2], post + b"x", GET.replace(b"health", b"slow").replace(b"1.1", b"1.0")):
+        with server.connect(sent) as client:
+            assert all_of(client) == b""
+    wait_for(lambda: not server.server._connections())
+
+
+def test_who_closes_his_sending_side_and_is_gone_later_is_missed(
+    bare: Callable[..., Bare], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half_closed, "PROBE_SECONDS", (0.05,) * 100)
+    server = bare()
+    with server.connect(GET.replace(b"/health", b"/slow")) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(len(INTERIM), socket.MSG_WAITALL) == INTERIM
+        assert len(server.server._connections()) == 1
+    wait_for(lambda: not server.server._connections())
+
+
 def test_an_answer_that_is_still_being_taken_does_not_give_way(bare: Callable[..., Bare]) -> None:
     server = bare()
     with contextlib.ExitStack() as stack:
@@ -296,10 +353,13 @@ def test_what_came_to_its_end_in_the_moment_the_client_left_is_undone(leaves: bo
         is_gone = False
         on_lost: Callable[[], None] | None = None
 
+        async def verdict(self) -> None:
+            """Only then it is known that he did not merely stop sending."""
+            self.is_gone = leaves
+
     client = Client()
 
     async def call() -> int:
-        client.is_gone = leaves
         return 7
 
     async def regret(value: int) -> None:

@@ -76,6 +76,7 @@ def test_a_bad_prompt_of_a_batch_has_an_error_of_its_own(served: Served, is_text
     assert [reason["param"] for reason in reasons[1:]] == fields
     assert all((reason["status_code"], reason["err_type"]) == (400, "RequestError") for reason in reasons[1:])
     assert [each["output_ids"] for each in found[1:]] == [[], [], []]
+    assert [each["meta_info"]["seed"] is None for each in found] == [False, True, True, True], "nothing was drawn"
     scored = {"return_logprob": True, "logprob_start_len": [0, 9], "return_errors": True}
     [_, bad] = served.generate(input_ids=[IDS, IDS], sampling_params=params[0], **scored)
     assert bad["meta_info"]["finish_reason"]["param"] == "logprob_start_len"

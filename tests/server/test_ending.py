@@ -270,6 +270,10 @@ class _Client:
         self.is_gone = False
         self.on_lost: Callable[[], None] | None = None
 
+    async def verdict(self) -> None:
+        """It takes a moment to know of one that sends nothing more."""
+        await asyncio.sleep(0)
+
 
 @pytest.mark.parametrize("num_turns", range(1, 5))
 @pytest.mark.parametrize("way", ["cancelled", "gone", "ended"])

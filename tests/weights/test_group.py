@@ -86,6 +86,7 @@ class Device:
     """Broadcasts of which one is over at every `looks`th look, and what happened to them, in order."""
 
     looks = 1
+    name = "g"
 
     def __init__(self) -> None:
         self.story, self.num_looks = list[str](), 0
@@ -117,7 +118,7 @@ class Plain:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.bytes = capacity, torch.zeros(capacity, dtype=torch.uint8)
 
-    def armed(self, size: int) -> torch.Tensor:
+    def armed(self, size: int, num_integer: int) -> torch.Tensor:
         return self.bytes[:size]
 
     def mismatch(self, size: int) -> str:
@@ -175,6 +176,28 @@ def test_what_has_come_is_taken_together_and_what_is_skipped_is_not(packing: int
     arrivals.free()
     assert arrivals.is_complete and arrivals.take(6) == []
     assert memory._num_bytes == sum(each.capacity for each in memory._free), "all of it was put back"
+
+
+@pytest.mark.parametrize("packing", [SEPARATE, TOGETHER])
+@pytest.mark.parametrize("num_short", [0, 8])
+def test_integers_that_nobody_wants_may_end_in_any_bytes(packing: int, num_short: int) -> None:
+    """As a buffer of int64 that ends in -1 does."""
+    infos_of = [TensorInfo("w", (2,), "float32"), TensorInfo("i", (3,), "int64"), TensorInfo("b", (4,), "int8")]
+    sizes = [sum(each.num_bytes for each in infos_of)] if packing == TOGETHER else [8, 24, 4]
+
+    def broadcast(into: torch.Tensor, _: float) -> None:
+        size = sizes.pop(0)
+        into[: size - (num_short if size > 8 else 0)] = 255
+        if size in (8, 36):  # it begins with the floats
+            into[:8] = 0
+
+    arrivals = GroupArrivals(cast(Any, Device()), ArrivalMemory(), infos_of, packing, time.monotonic() + 30, {1, 2})
+    if num_short:
+        with pytest.raises(WeightUpdateError, match="fewer came"):
+            arrivals.fill(broadcast)
+    else:
+        arrivals.fill(broadcast)
+        assert [bytes(data) for _, data in arrivals.take(3)] == [bytes(8)] and not sizes
 
 
 def test_what_is_dropped_is_received_and_forgotten(trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +332,21 @@ def test_a_buffer_tells_whether_it_was_filled(size: int, guard: int) -> None:
             assert buffer.mismatch(size) == "more"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("num_before", [0, 6])
+def test_integers_may_end_in_any_bytes(dtype: torch.dtype, num_before: int) -> None:
+    """-1 is the very bytes of a NaN. What came short is found all the same."""
+    buffer, values = ArrivalBuffer(4096, 0), torch.full((16,), -1).to(dtype)
+    for number in range(1, 16):
+        size = num_before + values[:number].nbytes
+        into = buffer.armed(size, size - num_before)
+        assert buffer.mismatch(size) == ("fewer" if size > 3 else "")
+        into[:num_before] = 0
+        assert buffer.mismatch(size) == ("fewer" if size - num_before > (7 if num_before else 3) else "")
+        into[num_before:size] = values[:number].view(torch.uint8)
+        assert buffer.mismatch(size) == ""
+
+
 def test_memory_that_cannot_be_had_is_an_error_in_time() -> None:
     memory = ArrivalMemory()
     held = memory.take(arrival_memory.MAX_AHEAD_BYTES, time.monotonic() + 1)
@@ -346,7 +384,7 @@ def test_a_device_without_room_for_more_ahead_is_waited_for() -> None:
 
 def test_no_addresses_behind_a_buffer_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_memory, "GUARD_BYTES", 1 << 60)
-    assert ArrivalMemory().take(8, time.monotonic()).armed(8).nbytes == 8
+    assert ArrivalMemory().take(8, time.monotonic()).armed(8, 0).nbytes == 8
 
 
 def test_nobody_listens_at_an_address_that_is_none() -> None:
