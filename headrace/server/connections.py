@@ -109,14 +109,14 @@ class Connection(H11Protocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends nothing more. What it has asked for is answered if it still listens. HTTP/1.0 has no way to
-        find that out, and a router that has stopped sending is gone: it may bring the same call again at once. May be
-        called again, as reading goes on."""
+        find that out, nor has an answer that has begun, and a router that has stopped sending is gone: it may bring the
+        same call again at once. May be called again, as reading goes on."""
         is_asked = self._waiting or not self._is_between_requests and self.has_all
         if not is_asked or self.is_lingering or self._is_of_old_or_router:
             return False
-        if self._half_closed is None:
+        if self._half_closed is None and (self._is_between_requests or not self.cycle.response_started):
             self._half_closed = HalfClosed(self.loop, self._probe)
-        return True
+        return self._half_closed is not None
 
     def on_response_complete(self) -> None:
         """An answer is sent: behind the last that is due a connection ends on which nothing more comes."""

@@ -275,9 +275,8 @@ def test_a_client_that_goes_away_is_missed_whatever_it_sent_behind_its_request(
     wait_for(lambda: not server.server._connections())
 
 
-def all_of(client: socket.socket) -> bytes:
+def rest_of(client: socket.socket) -> bytes:
     """What comes until the connection ends, without interim answers."""
-    client.shutdown(socket.SHUT_WR)
     received = b""
     while data := client.recv(1 << 16):
         received += data
@@ -290,10 +289,29 @@ def test_who_closes_his_sending_side_behind_his_request_is_answered(served: Serv
     body = json.dumps({"input_ids": [1], "sampling_params": params, "stream": stream}).encode()
     ask = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
     with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+        served.engine.pause("keep")  # no answer begins before the end is there
         client.sendall(ask + ask + GET + b"GET /hea")
-        answers = all_of(client).split(b"HTTP/1.1 200 OK\r\n")[1:]
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(len(INTERIM), socket.MSG_WAITALL) == INTERIM
+        served.engine.resume()
+        answers = rest_of(client).split(b"HTTP/1.1 200 OK\r\n")[1:]
     assert len(answers) == 3 and [each.count(b'"completion_tokens":60') for each in answers] == [1, 1, 0]
     assert [each.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for each in answers] == [stream, stream, False]
+
+
+def test_who_closes_his_sending_side_on_a_stream_has_left_it(served: Served) -> None:
+    """Also while it says nothing, and however long he listens."""
+    params = {"max_new_tokens": 900, "ignore_eos": True}
+    body = json.dumps({"input_ids": [1], "sampling_params": params, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
+        client.sendall(
+            b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        assert client.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 200"
+        served.engine.pause("keep")
+        client.shutdown(socket.SHUT_WR)
+        wait_for(lambda: served.engine.metrics()["num_running"] == 0)
+    served.engine.resume()
 
 
 def test_who_leaves_may_ask_again_by_the_same_name_at_once(served: Served) -> None:
@@ -315,7 +333,8 @@ def test_who_sends_half_a_request_and_no_more_is_answered_nothing(bare: Callable
     post = GET.replace(b"GET /health", b"POST /x").replace(b"\r\n\r\n", b"\r\ncontent-length: 9\r\n\r\n")
     for sent in (b"", GET[:-2], post + b"x", GET.replace(b"health", b"slow").replace(b"1.1", b"1.0")):
         with server.connect(sent) as client:
-            assert all_of(client) == b""
+            client.shutdown(socket.SHUT_WR)
+            assert rest_of(client) == b""
     wait_for(lambda: not server.server._connections())
 
 
