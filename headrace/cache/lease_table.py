@@ -136,6 +136,26 @@ class LeaseTable:
         """Publish no more pages of this lease: its KV is not what its namespace promises."""
         self._may_publish[slot] = False
 
+    @property
+    def num_keepable(self) -> int:
+        """Pages that the host may be told to keep beside those that it was told."""
+        return 0 if self.offload is None else self.offload.tier.num_pages - self.offload.tier.num_kept
+
+    def keep(self, slot: int) -> list[bytes]:
+        """Have the host keep the published pages of this lease beyond its end, if it can; returns what to `drop`."""
+        digests, node = list[bytes](), self._nodes[slot]
+        while self.num_keepable and node is not None:
+            digests, node = self.tree.page_digests(node) + digests, node.parent
+        if self.offload is None or len(digests) > self.num_keepable:
+            return []
+        self.offload.tier.keep(digests)
+        return digests
+
+    def drop(self, digests: list[bytes]) -> None:
+        """The host need not keep these any longer."""
+        if self.offload is not None:
+            self.offload.tier.drop(digests)
+
     def close(self, slot: int) -> None:
         """Drop the lease's references; pages that nothing else holds become free."""
         node = self._nodes[slot]

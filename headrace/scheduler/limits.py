@@ -50,6 +50,12 @@ class SchedulerLimits(msgspec.Struct, frozen=True):
         return min(self.context_length, self.max_total_num_tokens + 1)
 
     @property
+    def lends_host_room(self) -> bool:
+        """Sequences may run that the pool will not hold to their ends: the host's memory keeps what waits meanwhile.
+        Less than half as much as the pool would soon be full, and the rest be computed again."""
+        return 2 * self.num_host_pages >= self.num_pages
+
+    @property
     def num_slots(self) -> int:
         """Sequences that can run at once: each needs a page."""
         return min(self.max_running_requests, self.num_pages - 1)

@@ -1,9 +1,10 @@
 """Decides one step: which sequences compute how many tokens, on which pages, within one token budget.
 
 A step serves single-token rows first, then longer runs of known tokens, then preempted sequences, then new ones. New
-ones whose ends are known come in only where the pool will hold all to their ends (`headrace.scheduler.pool_forecast`).
-When pages run out all the same, sequences are served by rank and the last in rank is preempted, so the first in rank
-always goes on: alone it fits the pool, which `read_prompt` made sure of. The planner keeps no state of its own but what
+ones whose ends are known come in only where the pool, and the host's memory with it, will hold all to their ends
+(`headrace.scheduler.pool_forecast`).
+When pages run out all the same, sequences are served by rank and one behind is preempted, so the first in rank always
+goes on: alone it fits the pool, which `read_prompt` made sure of. The planner keeps no state of its own but what
 saves work.
 """
 
@@ -26,6 +27,7 @@ from headrace.scheduler.roster import Roster
 from headrace.scheduler.running_table import IndexArray
 from headrace.scheduler.sequence import Sequence, State
 from headrace.scheduler.step_budget import StepBudget
+from headrace.scheduler.victims import victim_behind
 from headrace.types.plan import LAST_TOKEN, StepPlan
 from headrace.types.request import Int32Array
 
@@ -151,16 +153,18 @@ class StepPlanner:
         return granted
 
     def _preempt_after(self, slot: int, num_pages: int) -> None:
-        """Preempt from the end of the ranks, up to `slot`, until so many pages are available or will be: those that
-        steps in flight still refer to come back later, and nobody else is preempted for them."""
+        """Preempt sequences behind `slot` in rank until so many pages are available or will be: those that steps in
+        flight still refer to come back later, and nobody else is preempted for them."""
         roster = self._roster
         while roster.leases.num_available < num_pages:
             leaving = ~roster.table.is_running & (roster.table.num_in_flight > 0)
             coming = int(roster.leases.num_pages[leaving].sum())
-            last = int(roster.order()[-1])
-            if roster.leases.num_available + coming >= num_pages or last == slot:
+            if roster.leases.num_available + coming >= num_pages:
                 return
-            roster.preempt(last)
+            victim = victim_behind(roster, slot)
+            if victim == slot:
+                return
+            roster.preempt(victim)
 
     def _add_singles(self, builder: PlanBuilder, slots: IndexArray, growing: IndexArray) -> None:
         """A row of one token for each of these, known or just being sampled; those that grow get a page first."""
@@ -214,7 +218,9 @@ class StepPlanner:
             forecast = (forecast or self._forecast()) if sequence.has_known_end else None
             room = _Room(num_reserved, forecast)
             first = self._entrant(sequence, epoch)
-            entrant = first if self._has_room(first, room) else self._one_behind(sequence, room, epoch)
+            entrant = first if self._has_room(first, room) else None
+            if entrant is None and not self._has_lasting_room(first, room):
+                entrant = self._one_behind(sequence, room, epoch)
             if entrant is None:
                 return
             sequence, namespace, match, num_pages = entrant
@@ -245,8 +251,10 @@ class StepPlanner:
         """Whether there are pages for it now and, as far as ends are known, to its end. Alone it fits."""
         match, leases = entrant.match, self._roster.leases
         needed = entrant.num_pages - match.num_pages + match.num_unpinned + room.num_reserved
-        if needed > leases.num_available:
-            return False
+        return needed <= leases.num_available and self._has_lasting_room(entrant, room)
+
+    def _has_lasting_room(self, entrant: _Entrant, room: _Room) -> bool:
+        """As far as ends are known."""
         if room.forecast is None or not self._roster.num_running:
             return True
         held, left = self._course_of(entrant)
@@ -261,7 +269,8 @@ class StepPlanner:
         return held, entrant.sequence.compute_length - num_tokens
 
     def _forecast(self) -> PoolForecast:
-        """Of the running sequences whose ends are known; what others hold, and what is shared, is taken to stay."""
+        """Of the running sequences whose ends are known; what others hold, and what is shared, is taken to stay. What
+        the pool will not hold then, the host will."""
         table, leases, page_size = self._roster.table, self._roster.leases, self._limits.page_size
         order = self._roster.order()
         order = order[table.has_known_end[order]]
@@ -269,7 +278,8 @@ class StepPlanner:
         known = np.minimum(table.num_expected[order], table.compute_length[order])
         held = known - (leases.num_matched[order] - 1) * page_size - 1
         num_others = leases.num_used - int(num_own.sum())
-        num_tokens = self._limits.max_total_num_tokens - num_others * page_size
+        num_kept = leases.num_keepable if self._limits.lends_host_room else 0
+        num_tokens = self._limits.max_total_num_tokens + (num_kept - num_others) * page_size
         return PoolForecast(held, table.compute_length[order] - known, num_tokens)
 
     def _one_behind(self, first: Sequence, room: _Room, epoch: int) -> _Entrant | None:

@@ -88,7 +88,7 @@ class Roster:
             sequence.rank = self._num_admitted - sequence.request.priority * _ADMISSIONS_PER_PRIORITY
             self._num_admitted += 1
         else:
-            self.preempted.remove(sequence)
+            self._leave_line(sequence)
         sequence.num_loaded_pages = 0
         slot = self.table.enter(sequence, match.num_pages * self.limits.page_size)
         self.leases.open(slot, namespace, match)
@@ -113,7 +113,7 @@ class Roster:
         if state is State.WAITING:
             self.waiting.remove(sequence)
         elif slot < 0:
-            self.preempted.remove(sequence)
+            self._leave_line(sequence)
         else:
             self.table.accepts[slot] = False
             if state is State.PREEMPTED:
@@ -131,7 +131,7 @@ class Roster:
         fresh._num_admitted = self._num_admitted
         fresh.leases.num_evicted_pages = self.leases.num_evicted_pages
         for sequence in self.by_handle.values():
-            sequence.num_loaded_pages = 0
+            sequence.num_loaded_pages, sequence.kept_by_host = 0, []
             if sequence.state is State.WAITING:
                 fresh.accept(sequence)
                 continue
@@ -158,12 +158,20 @@ class Roster:
             sequence = self.table.sequence(slot)
             num_tokens = int(min(self.table.num_known[slot], self.table.num_scheduled[slot]))
             self.leases.publish(slot, num_tokens, is_last=True)
+            if sequence.state is State.PREEMPTED:
+                sequence.kept_by_host = self.leases.keep(slot)
             self.leases.close(slot)
             self.table.leave(slot)
             self.generation += 1
             if sequence.state is State.PREEMPTED:
                 self._num_coming_back -= 1
                 insort(self.preempted, sequence, key=attrgetter("rank"))
+
+    def _leave_line(self, sequence: Sequence) -> None:
+        """A preempted sequence comes back, or has its answer."""
+        self.preempted.remove(sequence)
+        self.leases.drop(sequence.kept_by_host)
+        sequence.kept_by_host = []
 
     def _stop(self, slot: int) -> None:
         self.table.is_running[slot] = False

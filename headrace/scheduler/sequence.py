@@ -59,6 +59,7 @@ class Sequence(msgspec.Struct, eq=False, kw_only=True):
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_loaded_pages: int = 0  # of its prefix, those the host's memory made known while it waited
+    kept_by_host: list[bytes] = []  # while it is preempted: digests of its pages
     is_prompt_delivered: bool = False
     version_index: int = -1  # of its last token, -1 before the first
     version_starts: list[tuple[int, str, int]] = []  # (first output token of a version, the version, its epoch)

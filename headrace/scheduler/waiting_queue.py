@@ -20,8 +20,13 @@ from headrace.scheduler.sequence import Sequence
 WINDOW_S = 1.0
 """Nobody is overtaken by one who came later than this."""
 
-_Band = tuple[int, int]
+Band = tuple[int, int]
 """Those of a priority, negated, that came in one second."""
+
+
+def band_of(sequence: Sequence) -> Band:
+    """Lower ones come first."""
+    return -sequence.request.priority, int(sequence.arrived // WINDOW_S)
 
 
 class _Place(NamedTuple):
@@ -35,7 +40,7 @@ class _Group:
     """Waiting requests of one prompt and one band; `name` says what is the same of them. Its place is that of the
     longest that it has had."""
 
-    def __init__(self, name: tuple[_Band, str, bytes], place: _Place) -> None:
+    def __init__(self, name: tuple[Band, str, bytes], place: _Place) -> None:
         self.name, self.place = name, place
         self.members: list[tuple[_Place, int]] = []  # in order, with their handles
 
@@ -56,9 +61,9 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}  # by handle, as they came
-        self._groups: dict[tuple[_Band, str, bytes], _Group] = {}
-        self._bands: dict[_Band, list[_Group]] = {}  # each in order
-        self._heap: list[_Band] = []  # with some that are empty by now
+        self._groups: dict[tuple[Band, str, bytes], _Group] = {}
+        self._bands: dict[Band, list[_Group]] = {}  # each in order
+        self._heap: list[Band] = []  # with some that are empty by now
         self.num_arrived = 0
 
     def __len__(self) -> int:
@@ -68,7 +73,7 @@ class WaitingQueue:
         request = sequence.request
         place = _Place(-request.max_new_tokens, self.num_arrived)
         self.num_arrived += 1
-        band = -request.priority, int(sequence.arrived // WINDOW_S)
+        band = band_of(sequence)
         if band not in self._bands:
             self._bands[band] = []
             heappush(self._heap, band)

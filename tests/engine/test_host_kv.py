@@ -74,6 +74,25 @@ def test_many_at_once_over_a_small_host_memory(folder: Path, num_stages: int) ->
     assert metrics["num_pages_saved"] > 40 and metrics["num_pages_loaded"] > 10
 
 
+def test_who_was_preempted_goes_on_as_if_he_had_never_left(folder: Path) -> None:
+    """Twenty sequences of 62 to 70 tokens, which end then, in a pool of eight; what follows the last whole page is
+    computed again."""
+    prompts = [prompt[: 8 + number % 9] for number, prompt in enumerate(PROMPTS * 4)][:20]
+    params = SamplingParams(max_new_tokens=54, temperature=1.0, ignore_eos=True, seed=5)
+    settings = {**CONFIG, "numerics": "invariant", "max_running_requests": 20, "context_length": 80}
+    settings |= {"max_num_batched_tokens": 64}
+    with Engine(folder, **{**settings, "kv_pool_tokens": 2000}) as engine:
+        expected = engine.generate(input_ids=prompts, sampling_params=params)
+        num_prefilled = engine.metrics()["num_prefill_tokens"]
+    with Engine(folder, host_kv_tokens=1600, **{**settings, "kv_pool_tokens": 560}) as engine:
+        found = engine.generate(input_ids=prompts, sampling_params=params)
+        metrics = engine.metrics()
+    for each, like in zip(found, expected, strict=True):
+        assert each.token_ids == like.token_ids and each.logprobs == like.logprobs
+    assert metrics["num_preemptions"] > 2 and metrics["num_pages_loaded"] > 20
+    assert metrics["num_prefill_tokens"] - num_prefilled <= 8 * PAGE * metrics["num_preemptions"]
+
+
 def test_new_weights_find_nothing_of_the_old(folder: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in make_model("qwen3", seed=1).state_dict().items()}
     with Engine(folder, host_kv_tokens=240, **CONFIG) as engine:

@@ -76,12 +76,18 @@ def test_where_ends_are_known_nobody_is_preempted() -> None:
         assert finished == len(handles) and scheduler.metrics()["num_preemptions"] == 0
 
 
-@pytest.mark.parametrize("name", ["A", "B"])
-def test_steps_of_workloads_in_pools_of_half_their_peak_and_more(name: str) -> None:
-    """Before ends were looked at: 1.4 and 1.2 at three quarters, 1.8 and 1.6 at a half, 30 to 110 preemptions."""
-    workload = make_workload(name, scale=Scale(num_divisor=2))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("name", "divisor"), [("A", 1), ("B", 2)])
+def test_steps_of_workloads_in_pools_of_half_their_peak_and_more(name: str, divisor: int) -> None:
+    """Before ends were looked at: 1.4 and 1.2 at three quarters, 1.8 and 1.6 at a half, 30 to 110 preemptions. With as
+    much host memory as the peak a half is kept full."""
+    workload = make_workload(name, scale=Scale(num_divisor=divisor))  # type: ignore[arg-type]
     roomy = simulate(workload, limits_of(workload, 1 << 20))
-    for percent, most in ((100, 1.01), (75, 1.08), (50, 1.6)):
+    for percent, most in ((100, 1.01), (75, 1.08), (50, 1.6))[divisor - 1 :]:
         found = simulate(workload, limits_of(workload, roomy.peak_tokens * percent // 100))
         assert found.num_steps <= most * roomy.num_steps, (percent, found)
         assert found.num_preemptions == 0 and found.num_recomputed == 0
+    hosted = simulate(workload, limits_of(workload, roomy.peak_tokens // 2, roomy.peak_tokens))
+    assert hosted.num_steps <= 1.35 * roomy.num_steps and hosted.seconds < found.seconds, hosted
+    assert 0 < hosted.num_preemptions < 2 * len(workload.prompts)
+    assert hosted.num_recomputed < 0.04 * workload.num_output_tokens
+    assert hosted.num_loaded < workload.num_prompt_tokens
