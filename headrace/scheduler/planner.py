@@ -2,10 +2,9 @@
 
 A step serves single-token rows first, then longer runs of known tokens, then preempted sequences, then new ones. New
 ones whose ends are known come in only where the pool, and the host's memory with it, will hold all to their ends
-(`headrace.scheduler.pool_forecast`).
-When pages run out all the same, sequences are served by rank and one behind is preempted, so the first in rank always
-goes on: alone it fits the pool, which `read_prompt` made sure of. The planner keeps no state of its own but what
-saves work.
+(`headrace.scheduler.pool_forecast`). When pages run out all the same, sequences are served by rank and one behind is
+preempted (`headrace.scheduler.victims`), so the first in rank always goes on: alone it fits the pool, which
+`read_prompt` made sure of. The planner keeps no state of its own but what saves work.
 """
 
 from __future__ import annotations
