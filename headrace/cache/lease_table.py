@@ -136,6 +136,10 @@ class LeaseTable:
         """Publish no more pages of this lease: its KV is not what its namespace promises."""
         self._may_publish[slot] = False
 
+    def may_publish(self, slot: int) -> bool:
+        """Whether what is computed on this lease can be found again once it is closed."""
+        return self._may_publish[slot]
+
     @property
     def num_keepable(self) -> int:
         """Pages that the host may be told to keep beside those that it was told."""

@@ -33,8 +33,8 @@ def victim_behind(roster: Roster, slot: int) -> int:
 
 
 def _candidates(roster: Roster, slots: IndexArray) -> IndexArray:
-    """Those that came with the last, whose ends are known, and whose pages the host can keep."""
+    """Those that came with the last, whose ends are known, and whose pages the host can keep for them."""
     table, leases = roster.table, roster.leases
     last = band_of(table.sequence(int(slots[-1])))
-    came_last = [band_of(table.sequence(slot)) == last for slot in slots.tolist()]
-    return slots[table.has_known_end[slots] & came_last & (leases.num_pages[slots] <= leases.num_keepable)]
+    may_go = [band_of(table.sequence(slot)) == last and leases.may_publish(slot) for slot in slots.tolist()]
+    return slots[table.has_known_end[slots] & may_go & (leases.num_pages[slots] <= leases.num_keepable)]

@@ -139,6 +139,19 @@ def test_who_ends_soon_and_who_may_end_at_any_time_stay() -> None:
         finish_all(scheduler)
 
 
+def test_who_was_kept_across_new_weights_stays_where_another_can_go() -> None:
+    """What he has computed is of the old ones, and could not be found again."""
+    scheduler = make(num_pages=19, max_running_requests=40, max_num_batched_tokens=999, num_host_pages=400)
+    for handle in range(3):
+        scheduler.add(request(handle, 12 + 8 * (handle == 1), 22), 0.0)
+    step(scheduler)
+    scheduler._roster.leases.never_publish(scheduler._roster.by_handle[1].slot)
+    while not scheduler.metrics()["num_preemptions"]:
+        step(scheduler)
+    assert [each.handle for each in scheduler._roster.by_handle.values() if each.num_preemptions] == [2]
+    finish_all(scheduler)
+
+
 def test_the_first_in_rank_and_who_came_earlier_are_never_preempted_for_later_ones() -> None:
     scheduler = crowded()
     for handle in range(40, 60):
