@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
 
 from headrace.scheduler import Scheduler, SchedulerLimits
+from headrace.scheduler.roster import Roster
+from headrace.scheduler.victims import victim_behind
 from headrace.types.request import Request, pack_ids
 from tests.rounds import rounds
 from tests.scheduler.builders import ROOMY, answer, finish_all, make, request, step
@@ -115,41 +118,42 @@ def test_a_host_memory_that_would_soon_be_full_lets_nobody_in_beyond_the_pool() 
     assert make(num_pages=65, num_host_pages=33).limits.lends_host_room
 
 
-def test_one_goes_who_holds_most_beyond_what_he_has_left_of_those_that_came_last() -> None:
-    scheduler = make(num_pages=25, max_running_requests=40, max_num_batched_tokens=999, num_host_pages=400)
-    for handle, (prompt, count, moment) in enumerate([(4, 36, 0.0), (30, 20, 0.0), (4, 28, 5.0), (22, 22, 5.0)]):
-        scheduler.add(request(handle, prompt, count), moment)
-    while not scheduler.metrics()["num_preemptions"]:
+def running(*sequences: tuple[int, int, float], **fields: Any) -> Roster:
+    """Three steps into the run of sequences of (prompt, output, moment), in a pool with room."""
+    scheduler = make(num_pages=401, max_running_requests=40, max_num_batched_tokens=999, num_host_pages=400)
+    for handle, (prompt, count, moment) in enumerate(sequences):
+        scheduler.add(request(handle, prompt, count, **fields), moment)
+    for _ in range(3):
         step(scheduler)
-    preempted = [each.handle for each in scheduler._roster.by_handle.values() if each.num_preemptions]
-    assert preempted == [3], "one of the second before holds more, and the last in rank less"
-    finish_all(scheduler)
-    assert scheduler.num_live == 0
+    return scheduler._roster
 
 
-def test_who_ends_soon_and_who_may_end_at_any_time_stay() -> None:
-    for stops, expected in (((), 1), ((2,), 2)):
-        scheduler = make(num_pages=17, max_running_requests=40, max_num_batched_tokens=999, num_host_pages=400)
-        for handle, (prompt, count) in enumerate([(4, 40), (12, 30), (12, 9 if not stops else 29)]):
-            scheduler.add(request(handle, prompt, count, stop_token_ids=stops), 0.0)
-        while not scheduler.metrics()["num_preemptions"]:
-            step(scheduler)
-        (one,) = [each.handle for each in scheduler._roster.by_handle.values() if each.num_preemptions]
-        assert one == expected, stops
-        finish_all(scheduler)
+def victim(roster: Roster, handle: int) -> int:
+    """Who is preempted where pages run out for this one, by handle."""
+    return roster.table.sequence(victim_behind(roster, roster.by_handle[handle].slot)).handle
+
+
+def test_one_goes_who_holds_most_beyond_what_he_has_left_of_those_that_came_last() -> None:
+    roster = running((4, 24, 0.0), (30, 10, 0.0), (4, 28, 5.0), (16, 15, 5.0), (4, 14, 5.0))
+    assert [victim(roster, handle) for handle in range(5)] == [3, 3, 3, 4, 4]
+
+
+def test_who_ends_soon_stays() -> None:
+    roster = running((4, 28, 0.0), (24, 10, 0.0), (4, 20, 0.0))
+    assert [victim(roster, handle) for handle in (0, 2, 1)] == [2, 1, 1]
+
+
+def test_where_ends_are_not_known_the_last_in_rank_goes() -> None:
+    roster = running((4, 28, 0.0), (20, 14, 0.0), (4, 13, 0.0), stop_token_ids=(3,))
+    assert [victim(roster, handle) for handle in range(3)] == [2, 2, 2]
 
 
 def test_who_was_kept_across_new_weights_stays_where_another_can_go() -> None:
     """What he has computed is of the old ones, and could not be found again."""
-    scheduler = make(num_pages=19, max_running_requests=40, max_num_batched_tokens=999, num_host_pages=400)
-    for handle in range(3):
-        scheduler.add(request(handle, 12 + 8 * (handle == 1), 22), 0.0)
-    step(scheduler)
-    scheduler._roster.leases.never_publish(scheduler._roster.by_handle[1].slot)
-    while not scheduler.metrics()["num_preemptions"]:
-        step(scheduler)
-    assert [each.handle for each in scheduler._roster.by_handle.values() if each.num_preemptions] == [2]
-    finish_all(scheduler)
+    roster = running((4, 28, 0.0), (20, 14, 0.0), (4, 13, 0.0))
+    assert victim(roster, 0) == 1
+    roster.leases.never_publish(roster.by_handle[1].slot)
+    assert victim(roster, 0) == 2
 
 
 def test_the_first_in_rank_and_who_came_earlier_are_never_preempted_for_later_ones() -> None:
