@@ -134,7 +134,7 @@ def victim(roster: Roster, handle: int) -> int:
 
 
 def test_one_goes_who_holds_most_beyond_what_he_has_left_of_those_that_came_last() -> None:
-    roster = running((4, 24, 0.0), (30, 10, 0.0), (4, 28, 5.0), (16, 15, 5.0), (4, 14, 5.0))
+    roster = running((4, 24, 0.0), (30, 20, 0.0), (20, 28, 5.0), (16, 15, 5.0), (4, 14, 5.0))
     assert [victim(roster, handle) for handle in range(5)] == [3, 3, 3, 4, 4]
 
 
