@@ -44,7 +44,7 @@ class Distribution(NamedTuple):
     def logprobs(self, token_ids: Int64Array) -> Float32Array:
         """Log-probabilities of token_ids [n] or [n, k], one row of ids per distribution; the same shape."""
         columns = token_ids if token_ids.ndim == 2 else token_ids[:, None]
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):  # -inf where float32 ends
             scaled = (self.logits[self.rows[:, None], columns] - self.reduced.maxima[:, None]) / self.divisors[:, None]
             values = (scaled - self.reduced.log_sums[:, None]).astype(np.float32)
         return values.reshape(token_ids.shape)

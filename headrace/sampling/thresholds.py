@@ -92,4 +92,4 @@ def _weights(values: Float32Array, maximum: float, temperature: float) -> Float3
 def _round_up(value: float) -> np.float32:
     """The least float32 that is at least `value`, so that comparing float32 logits with it is exact."""
     rounded = np.float32(value)
-    return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))
+    return rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf))

@@ -133,7 +133,7 @@ class ResultApplier:
             self._counters.num_nonfinite += 1
             self._counters.num_failed += 1
             self.finish(table.sequence(slot), Finish("error", message=error.message, error=error), deltas)
-        self._roster.leases.flush()
+        self._roster.flush_cache()
 
     @staticmethod
     def _prompt_part(sequence: Sequence, scores: PromptScores, finish: Finish | None) -> tuple[bytes, TokenExtras]:

@@ -167,9 +167,22 @@ class Roster:
                 self._num_coming_back -= 1
                 insort(self.preempted, sequence, key=attrgetter("rank"))
 
+    def flush_cache(self) -> int:
+        """Unpublish every prefix; returns the pages freed. The host keeps for nobody what he can no longer find."""
+        self.drop_kept()
+        return self.leases.flush()
+
+    def drop_kept(self) -> None:
+        """What the host keeps for preempted sequences is of no use to them any more: it need not."""
+        for sequence in self.preempted:
+            self._drop_kept(sequence)
+
     def _leave_line(self, sequence: Sequence) -> None:
         """A preempted sequence comes back, or has its answer."""
         self.preempted.remove(sequence)
+        self._drop_kept(sequence)
+
+    def _drop_kept(self, sequence: Sequence) -> None:
         self.leases.drop(sequence.kept_by_host)
         sequence.kept_by_host = []
 

@@ -217,6 +217,7 @@ class Scheduler:
             self._roster.leases.never_publish(slot)
             if table.num_known[slot] == table.num_entered[slot]:
                 self._roster.preempt(slot)
+        self._roster.drop_kept()
         for sequence in self._roster.by_handle.values():  # some may have been preempted before
             if sequence.state is State.PREEMPTED and len(sequence.token_ids) == sequence.num_prompt:
                 sequence.start_again()
@@ -238,7 +239,7 @@ class Scheduler:
 
     def flush_cache(self) -> int:
         """Free all unreferenced cached pages and unpublish the rest; returns the pages freed."""
-        return self._roster.leases.flush()
+        return self._roster.flush_cache()
 
     def metrics(self) -> dict[str, float]:
         """Counters since start, and gauges of now. free + used + cached pages = all but page 0."""

@@ -27,8 +27,9 @@ GUARD_BYTES = 16 << 30
 
 _SMALLEST = 1 << 20
 _NAN = b"\xff"  # each byte of an element of any floating dtype
-_NUM_MARKED = 8
-_FEWEST_BY_CHANCE = 4  # as many bytes will not be equal by accident
+_NUM_BEHIND = 8
+_NUM_OF_NAN = 2  # the last of an element of any floating dtype that make it NaN; as many that are missing are missed
+_NUM_BY_CHANCE = 4  # as many bytes will not be equal by accident
 _NO_RESERVE = 0x4000  # MAP_NORESERVE
 
 
@@ -50,19 +51,20 @@ class ArrivalBuffer:
     def __init__(self, capacity: int, guard: int) -> None:
         self.capacity = capacity
         self._guard = guard
-        self._chance, self._tail = secrets.token_bytes(_NUM_MARKED), b""
+        self._chance, self._tail = secrets.token_bytes(_NUM_BY_CHANCE), b""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_NO_RESERVE if guard else 0)
-        memory = mmap.mmap(-1, capacity + max(guard, _NUM_MARKED), flags=flags)
+        memory = mmap.mmap(-1, capacity + max(guard, _NUM_BEHIND), flags=flags)
         self.view = memoryview(memory)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
     def armed(self, size: int, num_integer: int = 0) -> torch.Tensor:
         """What a broadcast of `size` bytes may write to, marked so that `mismatch` can tell. Its last `num_integer` are
         of integers."""
-        num_chance = min(size, num_integer, _NUM_MARKED)
-        self._tail = _NAN * (min(size, _NUM_MARKED) - num_chance) + self._chance[:num_chance]
-        self.view[size - len(self._tail) : size + _NUM_MARKED] = self._tail + _NAN * _NUM_MARKED
-        if num_chance == size < _FEWEST_BY_CHANCE:
+        num_chance = min(size, num_integer, _NUM_BY_CHANCE)
+        num_marked = min(size, _NUM_BY_CHANCE if num_chance else _NUM_OF_NAN)
+        self._tail = _NAN * (num_marked - num_chance) + self._chance[:num_chance]
+        self.view[size - num_marked : size + _NUM_BEHIND] = self._tail + _NAN * _NUM_BEHIND
+        if num_chance == size < _NUM_BY_CHANCE:
             self._tail = b""
         return self._bytes[: size + self._guard]
 
@@ -72,8 +74,8 @@ class ArrivalBuffer:
 
     def mismatch(self, size: int) -> str:
         """What came instead of `size` bytes, as in "fewer"; "" if as many came. Bytes that end in NaN are taken for
-        fewer; of integers alone that are no more than three nothing is told."""
-        if self.view[size : size + _NUM_MARKED] != _NAN * _NUM_MARKED:
+        fewer; one that is missing is not missed, nor are three of integers."""
+        if self.view[size : size + _NUM_BEHIND] != _NAN * _NUM_BEHIND:
             return "more"
         return "fewer" if self._tail and self.view[size - len(self._tail) : size] == self._tail else ""
 

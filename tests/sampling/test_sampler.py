@@ -94,6 +94,13 @@ def test_tokens_follow_the_distribution_they_are_drawn_from(sampling: TokenSampl
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom) + 6
 
 
+def test_a_log_probability_below_the_least_float_is_minus_infinity_without_a_word() -> None:
+    sampler = make_sampler(make_init(sampling=TokenSampling(temperature=1e-3), num_top=2), vocab_size=2)
+    with np.errstate(over="raise"):
+        sampled = draw(sampler, torch.tensor([[3e38, -3e37]]), [0], [4])
+    assert sampled.extras[0].top_logprobs.tolist() == [[0.0, -math.inf]]
+
+
 def test_seeds_and_positions_are_independent_draws() -> None:
     vocab_size, num_slots = 40, 3000
     row = random_logits(1, vocab_size, 5, 1.5)

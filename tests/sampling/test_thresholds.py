@@ -72,6 +72,18 @@ def test_the_most_probable_token_is_always_kept() -> None:
     assert (row >= truncation_threshold(row, 1e4, 0, 1e-30, 0.0)).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("maximum", [10.0, 1e5, 5e7, -5e7])
+def test_min_p_is_exact_between_two_floats(maximum: float) -> None:
+    """Large logits are far from each other: the nearest to a threshold may be below it."""
+    row = np.full(400, maximum, np.float32)
+    for at in range(1, len(row)):
+        row[at] = np.nextafter(row[at - 1], np.float32(-np.inf))
+    step = float(row[0]) - float(row[1])
+    for reach in np.arange(0.35, 7.0, 0.3):  # in such steps, and the temperature is one
+        threshold = truncation_threshold(row, step, 0, 1.0, float(np.exp(-reach)))
+        assert (row >= threshold).sum() == 1 + int(reach)
+
+
 def test_top_p_counts_over_what_top_k_left() -> None:
     row = np.log(np.array([0.4, 0.3, 0.2, 0.1])).astype(np.float32)
     # Of the first two, renormalised to 4/7 and 3/7, the first alone holds 0.55; of all four it holds 0.4.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 
 import numpy as np
 
@@ -330,7 +331,24 @@ class Harness:
         assert len(evictable) == leases.tree.num_evictable and not evictable & leased
         assert self.scheduler.num_used_tokens == leases.num_used * self.limits.page_size
         assert leases.pool.num_free + leases.num_used + leases.tree.num_evictable == self.limits.num_pages - 1
+        self._check_host_books()
         assert len(table.free_slots) + sum(s is not None for s in table.sequences) == self.limits.num_slots
+
+    def _check_host_books(self) -> None:
+        """Recount the host's pages, and who has what kept there: those that wait to come back."""
+        roster = self.scheduler._roster
+        kept = Counter[bytes]()
+        for sequence in roster.by_handle.values():
+            kept.update(sequence.kept_by_host)
+            assert not sequence.kept_by_host or sequence in roster.preempted
+        if roster.leases.offload is None:
+            assert not kept
+            return
+        tier = roster.leases.offload.tier
+        assert tier._keepers == kept and len(kept) <= tier.num_pages
+        assert tier._kept.keys() <= kept.keys() and not tier._held.keys() & kept.keys()
+        pages = [*tier._held.values(), *tier._kept.values(), *tier._coming.values(), *tier._free, *tier._forgotten]
+        assert sorted(pages) == list(range(tier.num_pages)), "a host page is lost, or is twice somebody's"
 
     def check_end(self) -> None:
         """Every accepted request was answered, and everything comes back."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from headrace.scheduler import Scheduler, SchedulerLimits
@@ -14,7 +16,7 @@ from headrace.scheduler.roster import Roster
 from headrace.scheduler.victims import victim_behind
 from headrace.types.request import Request, pack_ids
 from tests.rounds import rounds
-from tests.scheduler.builders import ROOMY, answer, finish_all, make, request, step
+from tests.scheduler.builders import ROOMY, answer, finish_all, make, planned, request, step
 from tests.scheduler.harness import Harness
 from tests.scheduler.test_properties import play_event
 
@@ -180,13 +182,35 @@ def test_a_pause_lets_all_come_back() -> None:
     assert len(finals) == 40 - num_waiting
 
 
-def test_what_was_preempted_is_computed_again_under_new_weights() -> None:
+def flush(scheduler: Scheduler) -> None:
+    scheduler.flush_cache()
+
+
+def update(scheduler: Scheduler) -> None:
+    scheduler.set_weights("next", 1)
+
+
+def recompute(scheduler: Scheduler) -> None:
+    scheduler.recompute_running()
+    update(scheduler)
+
+
+def lose_numbers(scheduler: Scheduler) -> None:
+    plan = planned(scheduler)
+    result = answer(plan)
+    result.logprobs[0] = np.nan
+    scheduler.apply(result)
+
+
+@pytest.mark.parametrize("forget", [flush, update, recompute, lose_numbers])
+def test_nothing_is_kept_that_nobody_can_find_any_more(forget: Callable[[Scheduler], None]) -> None:
+    """It would take the host's room from those that are preempted after it. What was preempted is computed again."""
     scheduler = crowded()
     offload = scheduler._roster.leases.offload
     assert offload is not None
     while not offload.tier.num_kept:
         step(scheduler)
-    scheduler.set_weights("next", 1)
-    scheduler.flush_cache()
+    forget(scheduler)
+    assert offload.tier.num_kept == 0
     finish_all(scheduler)
     assert scheduler.num_live == 0 and offload.tier.num_kept == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import sys
 import threading
@@ -342,9 +343,26 @@ def test_integers_may_end_in_any_bytes(dtype: torch.dtype, num_before: int) -> N
         into = buffer.armed(size, size - num_before)
         assert buffer.mismatch(size) == ("fewer" if size > 3 else "")
         into[:num_before] = 0
-        assert buffer.mismatch(size) == ("fewer" if size - num_before > (7 if num_before else 3) else "")
+        assert buffer.mismatch(size) == ("fewer" if size - num_before > 3 else "")
+        if (last := values.element_size()) >= 4:
+            into[num_before : size - last] = values[: number - 1].view(torch.uint8)
+            assert buffer.mismatch(size) == "fewer", "the last is missing"
         into[num_before:size] = values[:number].view(torch.uint8)
         assert buffer.mismatch(size) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_one_element_that_is_missing_is_missed(dtype: torch.dtype) -> None:
+    """And the greatest and least are no NaN."""
+    buffer, of = ArrivalBuffer(4096, 0), torch.finfo(dtype)
+    for number in range(1, 9):
+        for value in (0.0, of.min, of.max, -math.inf):
+            data = torch.full((number,), value, dtype=dtype).view(torch.uint8)
+            into = buffer.armed(data.nbytes)
+            into[: data.nbytes - dtype.itemsize] = data[: -dtype.itemsize]
+            assert buffer.mismatch(data.nbytes) == "fewer"
+            into[: data.nbytes] = data
+            assert buffer.mismatch(data.nbytes) == ""
 
 
 def test_memory_that_cannot_be_had_is_an_error_in_time() -> None:
