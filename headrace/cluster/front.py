@@ -169,7 +169,7 @@ class ClientConnection(asyncio.Protocol):
         if self._is_lingering or is_old or (self._call is None and not self._is_due):
             return False
         if self._half_closed is None and (self._exchange is None or not self._exchange.has_begun):
-            self._half_closed = HalfClosed(self._loop, self._probe)
+            self._half_closed = HalfClosed(self._loop, self._transport, self._probe)
         return self._half_closed is not None
 
     def _probe(self) -> None:

@@ -115,7 +115,7 @@ class Connection(H11Protocol):
         if not is_asked or self.is_lingering or self._is_of_old_or_router:
             return False
         if self._half_closed is None and (self._is_between_requests or not self.cycle.response_started):
-            self._half_closed = HalfClosed(self.loop, self._probe)
+            self._half_closed = HalfClosed(self.loop, self.transport, self._probe)
         return self._half_closed is not None
 
     def on_response_complete(self) -> None:
