@@ -1,9 +1,9 @@
 """A client that sends nothing more: whether it still listens. Owns when that is asked; knows no request.
 
 TCP says the same of a client that has closed its sending side and waits for its answer, as `nc -N` and some proxies do,
-and of one that is gone: only what is written to the second is answered with a reset, which the next write meets, or a look
-at the socket. Interim answers are such writes (100, which clients of HTTP/1.1 skip). Once an answer has begun there is
-none to ask with: whoever stops sending then, as clients do that leave a stream, is taken to be gone.
+and of one that is gone: only what is written to the second is answered with a reset, which the next write meets, or a
+look at the socket. Interim answers are such writes (100, which clients of HTTP/1.1 skip). Once an answer has begun
+there is none to ask with: whoever stops sending then, as clients do that leave a stream, is taken to be gone.
 """
 
 from __future__ import annotations
