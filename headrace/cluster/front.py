@@ -166,10 +166,11 @@ class ClientConnection(asyncio.Protocol):
         """The client sends nothing more. What it has asked for is answered if it still listens; HTTP/1.0 has no way to
         find that out, nor has an answer that has begun."""
         is_old = self._head is not None and self._head.is_old
-        if self._is_lingering or is_old or (self._call is None and not self._is_due):
+        is_asked = self._call is not None or self._is_due or self._is_full  # the last: by what waits behind an answer
+        if self._is_lingering or is_old or not is_asked:
             return False
         if self._half_closed is None and (self._exchange is None or not self._exchange.has_begun):
-            self._half_closed = HalfClosed(self._loop, self._probe)
+            self._half_closed = HalfClosed(self._loop, self._transport, self._probe)
         return self._half_closed is not None
 
     def _probe(self) -> None:

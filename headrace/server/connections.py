@@ -115,13 +115,18 @@ class Connection(H11Protocol):
         if not is_asked or self.is_lingering or self._is_of_old_or_router:
             return False
         if self._half_closed is None and (self._is_between_requests or not self.cycle.response_started):
-            self._half_closed = HalfClosed(self.loop, self._probe)
+            self._half_closed = HalfClosed(self.loop, self.transport, self._probe)
         return self._half_closed is not None
 
     def on_response_complete(self) -> None:
         """An answer is sent: behind the last that is due a connection ends on which nothing more comes."""
         super().on_response_complete()
-        if self._half_closed is not None and self._is_between_requests and not self._waiting:
+        self._close_if_cut()
+
+    def _close_if_cut(self) -> None:
+        """Close if nothing more comes, and what has come is no whole request that has not been answered."""
+        is_due = self._waiting or not self._is_between_requests and self.has_all
+        if self._half_closed is not None and not is_due:
             self.transport.close()
 
     @property
@@ -154,6 +159,7 @@ class Connection(H11Protocol):
         """Parse a little of what waits, when this connection's turn has come; False when there is nothing to do now."""
         if self._can_parse:
             self._parse(self._next_slice())
+            self._close_if_cut()
         self._flow.set_backlog(len(self._waiting))
         return self._can_parse
 

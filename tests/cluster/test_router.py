@@ -99,6 +99,24 @@ def test_a_client_that_closes_its_sending_side_is_answered(stream: bool) -> None
     tell(story)
 
 
+def test_who_closes_its_sending_side_before_it_takes_an_answer_gets_the_next_one_too() -> None:
+    async def story(found: Routed) -> None:
+        large = b"x" * (8 << 20)
+        for each in found.replicas:
+            each.raw["/v1/models"] = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(large), large)
+        reader, writer = await asyncio.open_connection("127.0.0.1", found.port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n" * 3)
+        await found.until(lambda: any(each._is_full for each in found.router._front._connections))
+        writer.write_eof()
+        await asyncio.sleep(0.05)
+        raw = await reader.read()
+        writer.close()
+        assert raw.count(b"HTTP/1.1 200 OK") == 3
+        await found.until(lambda: not found.router._front._connections)
+
+    tell(story)
+
+
 def test_an_answer_that_has_no_body_tells_no_length() -> None:
     async def story(found: Routed) -> None:
         for status in (204, 304):

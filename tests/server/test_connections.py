@@ -290,7 +290,7 @@ def test_who_closes_his_sending_side_behind_his_request_is_answered(served: Serv
     ask = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
     with socket.create_connection(("127.0.0.1", served.handle.port), timeout=30) as client:
         served.engine.pause("keep")  # no answer begins before the end is there
-        client.sendall(ask + ask + GET + b"GET /hea")
+        client.sendall(ask + ask + GET + (ask[:-1] if stream else b"GET /hea"))
         client.shutdown(socket.SHUT_WR)
         assert client.recv(len(INTERIM), socket.MSG_WAITALL) == INTERIM
         served.engine.resume()
@@ -331,10 +331,22 @@ def test_who_leaves_may_ask_again_by_the_same_name_at_once(served: Served) -> No
 def test_who_sends_half_a_request_and_no_more_is_answered_nothing(bare: Callable[..., Bare]) -> None:
     server = bare()
     post = GET.replace(b"GET /health", b"POST /x").replace(b"\r\n\r\n", b"\r\ncontent-length: 9\r\n\r\n")
-    for sent in (b"", GET[:-2], post + b"x", GET.replace(b"health", b"slow").replace(b"1.1", b"1.0")):
+    old = GET.replace(b"health", b"slow").replace(b"1.1", b"1.0")
+    chunks = post.replace(b"content-length: 9", b"transfer-encoding: chunked") + b"5\r\nhello\r\n" * 3000
+    for sent in (b"", GET[:-2], post + b"x", old, chunks):
         with server.connect(sent) as client:
             client.shutdown(socket.SHUT_WR)
             assert rest_of(client) == b""
+    wait_for(lambda: not server.server._connections())
+
+
+def test_a_reset_that_the_last_probe_brings_is_seen(bare: Callable[..., Bare], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has read what there was says nothing more when he closes."""
+    monkeypatch.setattr(half_closed, "PROBE_SECONDS", (0.3,))
+    server = bare()
+    with server.connect(GET.replace(b"/health", b"/slow")) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(len(INTERIM), socket.MSG_WAITALL) == INTERIM
     wait_for(lambda: not server.server._connections())
 
 
