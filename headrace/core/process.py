@@ -31,7 +31,7 @@ from headrace.telemetry import LogContext, configure_logging
 
 PARENT_CHECK_MILLISECONDS = 1000
 ORPHANED_EXIT_CODE = 3
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("headrace.core.process")  # as `__main__` it would log past our handler
 
 
 def main(arguments: list[str]) -> int:

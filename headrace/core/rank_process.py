@@ -35,7 +35,7 @@ STOPPED_SECONDS = 2.0
 LOOK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("headrace.core.rank_process")  # as `__main__` it would log past our handler
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.config import ResolvedConfig
 from headrace.core.faults import FAULTS, DeviceLost
@@ -62,10 +62,11 @@ def start_ranks(
             others.tell_each(START, _starts(resolved, rendezvous, others, shares_process))
             others.watch()
             reached.wait(JOIN_SECONDS)
-            is_broken = None if meeting is None else threading.Event()
-            group = partial(rendezvous.group, device=resolved.device, host=_host_of(others), is_broken=is_broken)
-            if is_broken is not None:
-                others.break_off = is_broken.set
+            is_broken = threading.Event()
+            others.break_off = is_broken.set
+            where: dict[str, Any] = {"device": resolved.device, "host": _host_of(others)}
+            # A child that is lost is ended, which breaks its connections by itself: only to join is waited without any.
+            group = partial(rendezvous.group, **where, is_broken=is_broken, breaks_calls=meeting is not None)
             mesh = undo.enter_context(contextlib.closing(mesh_of(resolved, 0, group)))
             if resolved.device == "cuda":
                 others.break_off = mesh.abort  # of gloo's a lost rank's end breaks every connection

@@ -30,7 +30,7 @@ from headrace.engine.ledger import Ledger
 from headrace.engine.lookback import Lookback
 from headrace.engine.supervision import Supervisor
 from headrace.engine.update import Updater
-from headrace.ipc import BegunCore, keep_standard_numbers
+from headrace.ipc import BegunCore, FrontLink, keep_standard_numbers
 from headrace.types.errors import HeadraceError, InternalError, ShutdownError
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,13 @@ class _Latch:
         return self._is_set
 
 
+def _end_core(loop: asyncio.AbstractEventLoop, host: CoreHost, link: FrontLink) -> None:
+    """One that has been started, and that nobody has spoken to. A thread ends as soon as it sees that."""
+    loop.run_until_complete(link.close())
+    host.kill()
+    host.close(SHUTDOWN_SECONDS)
+
+
 class EngineLoop:
     """A loop in a daemon thread with one core. `close` may be called from any thread and any signal handler, any number
     of times."""
@@ -214,12 +221,20 @@ class EngineLoop:
         self._errands: set[_Errand[Any]] = set()  # that somebody waits for
         keep_standard_numbers()
         self.loop = asyncio.new_event_loop()
-        engine = resolved.engine
-        try:
+        with contextlib.ExitStack() as undo:  # whatever fails: nobody has this runtime, to close it
+            undo.callback(self.loop.close)
             host, link = start_core(resolved, inprocess=inprocess, executor=executor, begun=begun)
-        except BaseException:  # whatever it is: nobody has this runtime, to close it
-            self.loop.close()
-            raise
+            undo.callback(_end_core, self.loop, host, link)
+            self._take_core(host, link, resolved, inprocess=inprocess, executor=executor)
+            self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)
+            self._thread.start()
+            undo.pop_all()
+
+    def _take_core(
+        self, host: CoreHost, link: FrontLink, resolved: ResolvedConfig, *, inprocess: bool, executor: ExecutorKind
+    ) -> None:
+        """What this owns beside the loop."""
+        engine = resolved.engine
         limits = HealthLimits(watchdog=engine.watchdog_timeout)
         ledger = Ledger(engine.initial_version)
         self.lookback = Lookback(engine.page_size)
@@ -232,8 +247,6 @@ class EngineLoop:
         self.updater = Updater(self.client, self.loop, self.lookback, shares_process=inprocess, **of_engine)
         self.joined = JoinedUpdate(self.updater, self.client)
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
-        self._thread = threading.Thread(target=self._run_loop, name="headrace-engine", daemon=True)
-        self._thread.start()
 
     @property
     def host(self) -> CoreHost:

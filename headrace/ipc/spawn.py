@@ -140,7 +140,7 @@ def begin_process(*, executor: str = "local", num_ranks: int = 0) -> BegunCore:
 
     `executor` is "local", or "free" for one that computes nothing (benchmarks and tests). `num_ranks` is how many ranks
     of this host load torch while it waits: itself, and those it starts; 0: none does. Raises `OSError` when the process
-    cannot be started.
+    cannot be started, and `RuntimeError` when the thread cannot that watches it.
     """
     keep_standard_numbers()
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -151,8 +151,10 @@ def begin_process(*, executor: str = "local", num_ranks: int = 0) -> BegunCore:
             ours.callback(pulse.close)
             words = ["--executor", executor, "--ranks", str(num_ranks)]
             process = _start(core.fileno(), lifeline_read, page.descriptor, words)
+        ours.callback(_bury, process)
+        begun = BegunCore(CoreProcess(process, lifeline_write, pulse), front)
         ours.pop_all()  # they stay open
-    return BegunCore(CoreProcess(process, lifeline_write, pulse), front)
+    return begun
 
 
 def open_channel(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
@@ -188,6 +190,12 @@ def _start(link: int, lifeline: int, pulse: int, words: list[str]) -> subprocess
         stderr=standard_error(),
         env={**os.environ, "PYTHONPATH": python_path()},
     )
+
+
+def _bury(process: subprocess.Popen[bytes]) -> None:
+    """End a child that nobody watches."""
+    process.kill()
+    process.wait()
 
 
 def standard_error() -> int:

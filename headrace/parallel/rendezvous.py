@@ -11,14 +11,17 @@ import os
 import secrets
 import socket
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
 from headrace.parallel.breakable_group import BreakableGroup
 from headrace.types.errors import HeadraceError
+from headrace.types.plan import RankLost
 
 LOOPBACK = "127.0.0.1"
 JOIN_SECONDS = 120.0
+_LOOK_SECONDS = 0.002
 _NEVER_SECONDS = 24 * 3600.0
 _ENDS_PROCESS = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING")
 """What torch's NCCL backend does where a rank is lost; the second is its old name."""
@@ -55,17 +58,19 @@ class Rendezvous:
         device: str,
         host: str = LOOPBACK,
         is_broken: threading.Event | None = None,
+        breaks_calls: bool = True,
     ) -> Any:
         """The process group of that name: gloo's, or NCCL's on "cuda". Waits for all of its ranks; `RuntimeError` where
         one does not come. `host` is the address of this machine by which the others reach it; NCCL finds its own. Once
-        `is_broken` is set gloo's calls end."""
+        `is_broken` is set gloo's wait ends in `RankLost`, and its calls too, if it `breaks_calls`."""
         from torch._C import _distributed_c10d as c10d
 
         store = c10d.PrefixStore(f"{device}/{name}", c10d.PrefixStore(self.secret, self._store))
         if device == "cuda":
             return _nccl_group(store, rank, num_ranks)
+        _await_all(store, rank, num_ranks, is_broken)
         group = gloo_group(store, rank, num_ranks, host, JOIN_SECONDS)
-        return group if is_broken is None else BreakableGroup(group, is_broken)
+        return BreakableGroup(group, is_broken) if is_broken is not None and breaks_calls else group
 
     def close(self) -> None:
         """Leave it; who keeps it ends it, once the groups that were formed in it are closed too. Idempotent."""
@@ -85,6 +90,19 @@ def kept_store(listener: socket.socket, host: str, seconds: float) -> Any:
         timeout=timedelta(seconds=seconds),
         master_listen_fd=listener.detach(),
     )
+
+
+def _await_all(store: Any, rank: int, num_ranks: int, is_broken: threading.Event | None) -> None:
+    """Until all are about to join: from there on gloo waits by itself, which nothing here could end."""
+    store.set(f"joins/{rank}", "")
+    everyone = [f"joins/{each}" for each in range(num_ranks)]
+    until = time.monotonic() + JOIN_SECONDS
+    while not store.check(everyone):
+        if is_broken is not None and is_broken.is_set():
+            raise RankLost("another rank was lost before all had joined")
+        if time.monotonic() >= until:
+            raise RankLost(f"not all of {num_ranks} ranks have joined within {JOIN_SECONDS:g} s")
+        time.sleep(_LOOK_SECONDS)
 
 
 def gloo_group(store: Any, rank: int, num_ranks: int, host: str, seconds: float) -> Any:

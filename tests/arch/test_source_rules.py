@@ -277,6 +277,14 @@ def test_no_tensor_of_an_engine_depends_on_default_dtype_or_device() -> None:
     assert len(_half_made_tensors(ast.parse("torch.zeros(3); torch.ones(1, dtype=x); torch.full(1, 2, device=y)"))) == 3
 
 
+def test_a_module_that_is_run_does_not_log_under_the_name_that_it_has_then() -> None:
+    """`__main__` is none of ours: its records would come past the handler, as bare text among lines of JSON."""
+    texts = {_relative(path): path.read_text(encoding="utf-8") for path in source_files()}
+    run = {name for name, text in texts.items() if 'if __name__ == "__main__":' in text}
+    assert {"headrace/core/process.py", "headrace/core/rank_process.py"} <= run
+    assert not [name for name in run if "getLogger(__name__)" in texts[name]]
+
+
 def test_no_advice_names_a_package_that_no_index_has() -> None:
     """Headrace is installed from its source tree: `headrace[demo]` is nothing that pip can find."""
     texts = [*source_files(), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

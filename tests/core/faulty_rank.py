@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from headrace.core import follower, rank_process, service
+from headrace.core import follower, rank_member, rank_process, service
 from headrace.runner.occupation import Occupation
 from headrace.runner.runner import Runner
 from headrace.types.errors import UnavailableError, WeightUpdateError
@@ -48,6 +48,8 @@ def break_something(fault: str) -> None:
         case "begin":
             refusal = WeightUpdateError("no room for a shadow", field="mode")
             store.WeightStore.begin = first_time(refusal, store.WeightStore.begin)  # type: ignore[method-assign]
+        case "join":
+            rank_member.mesh_of = die  # type: ignore[attr-defined]
         case "torch":
             service.importlib = SimpleNamespace(import_module=first_time(OSError("no libtorch"), __import__))  # type: ignore
         case "step":

@@ -196,11 +196,20 @@ def test_a_rank_prepares_its_device_before_it_hears_where_all_meet(monkeypatch: 
     assert done == ["prepares 4", "serves rank 1 on 4"]
 
 
-def test_a_rank_that_cannot_load_torch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FAULT, "torch")
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [
+        ("torch", "ended with exit code 1: OSError: no libtorch"),
+        ("join", r"was killed by signal 9 \(Killed\)"),  # while this one waits for it in the group of all
+    ],
+)
+def test_a_rank_that_ends_before_all_have_joined_is_named(
+    monkeypatch: pytest.MonkeyPatch, fault: str, how: str
+) -> None:
+    monkeypatch.setenv(FAULT, fault)
     monkeypatch.setattr("headrace.ipc.rank_spawn.RANK_MODULE", "tests.core.faulty_rank")
     resolved = tiny_config(tp_size=2)
-    with pytest.raises(DeviceLostError, match=r"rank 1 \(process \d+\) ended with exit code 1: OSError: no libtorch"):
+    with pytest.raises(DeviceLostError, match=rf"the ranks cannot start: rank 1 \(process \d+\) {how}"):
         start_ranks(
             resolved, lambda _: pytest.fail("no rank has joined"), begun_ranks_of(resolved), shares_process=True
         )

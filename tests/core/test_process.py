@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,9 @@ import pytest
 
 from headrace.config import ResolvedConfig
 from headrace.ipc import CoreProcess, FrontLink, begin_process, start_process
+from headrace.ipc.buffers import SharedBuffer
 from headrace.ipc.codec import pack_frame
+from headrace.ipc.pulse import PULSE_BYTES
 from headrace.types.errors import ShutdownError
 from headrace.types.messages import (
     BeginUpdate,
@@ -325,3 +328,26 @@ def test_the_front_stays_free_of_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
     )
     assert found.stdout.strip() == "False"
+
+
+def test_a_core_process_logs_of_itself_as_it_was_told_to() -> None:
+    """As what it loads does."""
+    near, far = socket.socketpair()
+    read_end, write_end = os.pipe()
+    near.close()
+    with far, SharedBuffer.create(PULSE_BYTES) as page:
+        numbers = {"link": far.fileno(), "lifeline": read_end, "pulse": page.descriptor, "parent": os.getpid()}
+        words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+        core = subprocess.run(
+            [sys.executable, "-P", "-m", "headrace.core.process", *words, "--log-json"],
+            pass_fds=[value for name, value in numbers.items() if name != "parent"],
+            stderr=subprocess.PIPE,
+            env=child_environment(),
+            timeout=60,
+        )
+    os.close(read_end)
+    os.close(write_end)
+    [line] = core.stderr.splitlines()
+    told = msgspec.json.decode(line)
+    assert core.returncode == 2 and told["logger"] == "core.process"
+    assert told["message"].startswith("no configuration: ")

@@ -426,6 +426,28 @@ def test_an_engine_without_a_core_leaves_no_descriptor(model_folder: Path, monke
     assert caught.value.errno == errno.EAGAIN
 
 
+@pytest.mark.parametrize(
+    ("thread", "inprocess"), [("headrace-core-watch", False), ("headrace-engine", False), ("headrace-engine", True)]
+)
+def test_an_engine_whose_thread_cannot_be_started_leaves_nothing(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, thread: str, inprocess: bool
+) -> None:
+    """Its core has been started already."""
+    start = threading.Thread.start
+
+    def fail(self: threading.Thread) -> None:
+        if self.name.startswith(thread):
+            raise RuntimeError("no more threads")
+        start(self)
+
+    children, before = children_of(os.getpid()), held()
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="no more threads"):
+        Engine(model_folder, inprocess=inprocess, executor="free", **SETTINGS)
+    assert children_of(os.getpid()) == children
+    wait_for(lambda: held() <= before)
+
+
 def test_an_engine_that_ends_while_a_caller_sends_tensors_leaves_no_descriptor(model_folder: Path) -> None:
     tensors = named_tensors(model_of(1))
 
