@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from tests.cluster.stopped_server import stop_accepting
+
 
 class Relay:
     """Listens at a port of its own, and passes on what comes. `cut_after` is how many bytes of the next answer to a
@@ -23,7 +25,7 @@ class Relay:
         return self
 
     async def close(self) -> None:
-        self._server.close()
+        await stop_accepting(self._server)
         while self._accepted:  # those just accepted have no writers yet
             for writer in list(self._writers):
                 writer.transport.abort()

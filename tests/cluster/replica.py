@@ -14,6 +14,8 @@ import secrets
 import sys
 from typing import Any
 
+from tests.cluster.stopped_server import stop_accepting
+
 EVENT_SECONDS = 0.002
 Headers = dict[str, str]
 
@@ -50,11 +52,14 @@ class FakeReplica:
 
     async def die(self) -> None:
         """As a process that is killed."""
-        self._server.close()
-        for _ in range(20):  # those just accepted have no writer yet
-            for writer in list(self._writers):
-                writer.transport.abort()
-            await asyncio.sleep(0)
+        self._abort_all()
+        await stop_accepting(self._server)
+        self._abort_all()
+        await asyncio.sleep(0)
+
+    def _abort_all(self) -> None:
+        for writer in list(self._writers):
+            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
