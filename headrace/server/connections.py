@@ -111,8 +111,7 @@ class Connection(H11Protocol):
         """The client sends nothing more. What it has asked for is answered if it still listens. HTTP/1.0 has no way to
         find that out, nor has an answer that has begun, and a router that has stopped sending is gone: it may bring the
         same call again at once. May be called again, as reading goes on."""
-        is_asked = self._waiting or not self._is_between_requests and self.has_all
-        if not is_asked or self.is_lingering or self._is_of_old_or_router:
+        if not self._owes_answer or self.is_lingering or self._is_of_old_or_router:
             return False
         if self._half_closed is None and (self._is_between_requests or not self.cycle.response_started):
             self._half_closed = HalfClosed(self.loop, self.transport, self._probe)
@@ -125,9 +124,13 @@ class Connection(H11Protocol):
 
     def _close_if_cut(self) -> None:
         """Close if nothing more comes, and what has come is no whole request that has not been answered."""
-        is_due = self._waiting or not self._is_between_requests and self.has_all
-        if self._half_closed is not None and not is_due:
+        if self._half_closed is not None and not self._owes_answer:
             self.transport.close()
+
+    @property
+    def _owes_answer(self) -> bool:
+        """A whole request has come that is not answered, or bytes wait to be parsed."""
+        return bool(self._waiting) or (not self._is_between_requests and self.has_all)
 
     @property
     def _is_of_old_or_router(self) -> bool:
